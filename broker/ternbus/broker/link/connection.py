@@ -96,6 +96,7 @@ class Connection:
         self.dropped = 0  # messages of QoS 0 on such topics
         self._keepalive_s = keepalive_s
         self._deliver = deliver
+        self._happened: list[LinkEvent] = []  # while packets are read
         self._answer: ReasonCode | None = None
         self._reason = "the connection to the broker was lost"
         self._retains = True  # unless the broker says otherwise, which only MQTT 5 can
@@ -228,6 +229,7 @@ class Connection:
             self._release()
             with self._idle:
                 self._idle.notify_all()
+            self._hand_over()
             if not self._closing:
                 self._deliver(Disconnected(reason=self._reason))
 
@@ -267,7 +269,14 @@ class Connection:
             before = self.client.packets
             self.client.loop_read()
             if self.client.packets == before or not self.client.may_have_more:
-                return
+                break
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Deliver what was read, at once: its receiver wakes up once for all of it."""
+        happened, self._happened = self._happened, []
+        for event in happened:
+            self._deliver(event)
 
     def _watch(self, sock: Any) -> None:
         """Set the events that the selector waits for: no reads while the backlog of received messages is full."""
@@ -346,7 +355,8 @@ class Connection:
         payload = bytes(message.payload)  # no copy: it is bytes
         self._backlog.arrived(len(payload))
         token = Token(connection=self.number, mid=message.mid, size_bytes=len(payload))
-        self._deliver(Arrived(topic=topic, payload=payload, retained=message.retain, token=token, qos=message.qos))
+        arrived = Arrived(topic=topic, payload=payload, retained=message.retain, token=token, qos=message.qos)
+        self._happened.append(arrived)
 
     def _on_publish(self, _c: Client, _u: object, mid: int, code: ReasonCode, _p: object) -> None:
         ticket = self._window.answered(mid, now=time.monotonic())
@@ -354,10 +364,8 @@ class Connection:
         if not self.outstanding:
             with self._idle:
                 self._idle.notify_all()
-        if code.is_failure:
-            self._deliver(Refused(ticket=ticket, reason=code.getName()))
-        else:
-            self._deliver(Published(ticket=ticket))
+        refused = code.is_failure
+        self._happened.append(Refused(ticket=ticket, reason=code.getName()) if refused else Published(ticket=ticket))
 
     def _on_subscribe(self, _c: Client, _u: object, mid: int, codes: list[ReasonCode], _p: object) -> None:
         filters = self._filters.pop(mid, [])

@@ -1,7 +1,7 @@
 """The device's event loop: one thread that waits for events and performs the core's actions in order."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -39,13 +39,13 @@ from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
 SAVE_WITHIN_S: Final = 1.0  # what a peer would tell again
+ACKNOWLEDGED_WITHIN_S: Final = 0.1  # until the broker's acknowledgements are handled, if nothing else happens before
 AT_ONCE: Final = 64  # events
 PERSONAL: Final = "personal.safetensors"
 FAILED_TRAININGS: Final = "trainings.failed"
 Report = Callable[[Log], None]
 LinkMaker = Callable[[Callable[[link.LinkEvent], None]], Link]
-_Happened = events.Event | link.LinkEvent
-_TOGETHER: Final = link.Arrived | link.Published  # events of the link that are handled at once where several wait
+_Happened = events.Event | link.Connected | link.Disconnected | link.Arrived | link.Refused
 
 
 class Service:
@@ -70,7 +70,8 @@ class Service:
         self._report = report
         self._personal = personal
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
-        self._link = make_link(self._queue.put)
+        self._acknowledged: deque[link.Published] = deque()  # they wait for other events, as nothing is urgent in them
+        self._link = make_link(self._deliver)
         worker = None if trainer is None else Worker(trainer, self._queue.put, min_seconds, held, narrowed)
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
@@ -108,27 +109,39 @@ class Service:
         """Stop the training thread. Returns whether it has ended; if not, the caller must end the process."""
         return self._worker is None or self._worker.stop()
 
+    def _deliver(self, event: link.LinkEvent) -> None:
+        """Called in the network thread: put the event where `_next` looks."""
+        if isinstance(event, link.Published):
+            self._acknowledged.append(event)
+        else:
+            self._queue.put(event)
+
     def _next(self) -> list[_Happened]:
-        """What has happened: one event, or several messages and acknowledgements that wait already."""
+        """What has happened: one event, or several messages that wait already."""
         found = [self._following or self._wait()]
         self._following = None
-        while isinstance(found[-1], _TOGETHER) and len(found) < AT_ONCE and not self._queue.empty():
+        while isinstance(found[-1], link.Arrived) and len(found) < AT_ONCE and not self._queue.empty():
             found.append(self._queue.get())  # no other thread takes any
-        if len(found) > 1 and not isinstance(found[-1], _TOGETHER):
+        if len(found) > 1 and not isinstance(found[-1], link.Arrived):
             self._following = found.pop()
         return found
 
     def _wait(self) -> _Happened:
-        times = [time for time in (self._core.due_s(), self._save_due_s) if time is not None]
+        now = time.monotonic()
+        due = [self._core.due_s(), self._save_due_s, now + ACKNOWLEDGED_WITHIN_S if self._tickets else None]
+        times = [each for each in due if each is not None]
         try:
-            return self._queue.get(timeout=max(0.0, min(times) - time.monotonic()) if times else None)
+            return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
         except Empty:
             return events.TimeReached()
 
     def _take(self, happened: Sequence[_Happened]) -> None:
+        while self._acknowledged:
+            seq = self._tickets.pop(self._acknowledged.popleft().ticket, 0)
+            self._core.take(events.Published(seq=seq), time.monotonic())
         match happened[0]:
-            case link.Arrived() | link.Published():
-                self._take_together([each for each in happened if isinstance(each, _TOGETHER)])
+            case link.Arrived():
+                self._take_messages([each for each in happened if isinstance(each, link.Arrived)])
             case link.Connected() as connected:
                 self._protocol = connected.protocol
                 self._handle(events.Connected(frame_bytes=connected.frame_bytes))
@@ -144,15 +157,12 @@ class Service:
             case event:
                 self._handle(event)
 
-    def _take_together(self, happened: Sequence[link.Arrived | link.Published]) -> None:
-        """Handle them in order, until the core stops, then perform what follows from all; acknowledge what arrived."""
+    def _take_messages(self, messages: Sequence[link.Arrived]) -> None:
+        """Take messages in, until the core stops; then perform what follows from all, and acknowledge them."""
         now, tokens = time.monotonic(), list[link.Token]()
-        for each in happened:
-            if isinstance(each, link.Published):
-                self._core.take(events.Published(seq=self._tickets.pop(each.ticket, 0)), now)
-                continue
-            tokens.append(each.token)
-            if (event := self._received(each)) is not None:
+        for message in messages:
+            tokens.append(message.token)
+            if (event := self._received(message)) is not None:
                 self._core.take(event, now)
             if self._core.stopped:
                 break
