@@ -79,7 +79,31 @@ def build(
 
     ProtocolError if the header is longer than `HEADER_BYTES_MAX`.
     """
-    header = msgpack.packb(
+    about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
+    header = _header(identity, **about, digest=blake2b(body, digest_size=32).digest(), part=part, parts=parts)
+    signature = identity.sign(SIGNED_PREFIX + header)
+    return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
+
+
+def envelope_bytes(identity: Identity, **about: Any) -> int:
+    """The length of all but the body of a part, at most, of a message that is ``about`` this; as of `build`."""
+    header = _header(identity, **about, digest=bytes(32), part=PARTS_MAX - 1, parts=PARTS_MAX)
+    return 8 + len(header) + SIGNATURE_BYTES
+
+
+def _header(
+    identity: Identity,
+    *,
+    federation: str,
+    sender: str,
+    kind: str,
+    seq: int,
+    meta: Mapping[str, Any],
+    digest: bytes,
+    part: int,
+    parts: int,
+) -> bytes:
+    header: bytes = msgpack.packb(
         {
             "kind": kind,
             "federation": federation,
@@ -87,14 +111,13 @@ def build(
             "key": bytes(identity.key_id),
             "seq": seq,
             "part": [part, parts],
-            "digest": blake2b(body, digest_size=32).digest(),
+            "digest": digest,
             "meta": dict(meta),
         }
     )
     if len(header) > HEADER_BYTES_MAX:
         raise ProtocolError("header-too-long", f"{len(header)} bytes, at most {HEADER_BYTES_MAX}")
-    signature = identity.sign(SIGNED_PREFIX + header)
-    return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
+    return header
 
 
 def header_bytes(payload: bytes) -> int:

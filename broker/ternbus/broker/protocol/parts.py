@@ -7,7 +7,7 @@ from hashlib import blake2b
 from typing import Any, Final
 
 from ternbus.broker.errors import LinkError, ProtocolError
-from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build
+from ternbus.broker.protocol.frame import PARTS_MAX, Frame, build, envelope_bytes
 from ternbus.broker.protocol.identity import Identity, KeyId
 
 PART_BYTES_MIN: Final = 1024  # minimum size of every part but the last
@@ -36,8 +36,7 @@ def cut(
 ) -> list[bytes]:
     """Sign ``body`` as one frame, or as several of at most ``frame_bytes`` bytes; LinkError if that is too small."""
     about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
-    envelope = len(build(identity, **about, part=PARTS_MAX - 1, parts=PARTS_MAX))
-    room = frame_bytes - envelope
+    room = frame_bytes - envelope_bytes(identity, **about)
     if len(body) <= room:
         return [build(identity, **about, body=body)]
     if room < PART_BYTES_MIN:

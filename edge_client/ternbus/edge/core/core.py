@@ -70,10 +70,9 @@ class Core:
         self._wait_timer = WaitTimer(timeout_s=profile.timeout_s)
         self._resubscribe = Resubscribe()
         self._online = self._connecting = False  # whether there is a connection, or one is being made
-        self._logged_head_state = ""
-        self._accepted = 0  # updates, since this process began
-        self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
         self._leaving = self.stopped = False
+        self._accepted, self._logged_head_state = 0, ""  # updates since this process began; and what the log said last
+        self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
         self._taken: list[Action] = []  # that follow from events, and that `proceed` returns
         self.uplink.started()
 
@@ -95,19 +94,18 @@ class Core:
         """Take one of several events in; `proceed` returns the actions for all of them. None follow once it stopped."""
         if self.stopped:
             return
+        self.follower.postpones = self.training.is_occupied(self.state)
         try:
             self._taken += self._dispatch(event, now)
         except ProtocolError as error:
-            text = f"dropped a message: {error}"
-            self._taken += self._sampler.log("dropped", error.reason, text, {"detail": error.detail})
+            self._taken += self._sampler.dropped(error)
             if error.reason == OLD_HEAD and self.presence.head_arrived(is_old=True):
                 self._taken += self._status()
 
     def proceed(self, now: float) -> list[Action]:
         """The actions for the events that were taken in; a `Save` of the state comes first."""
         actions, self._taken = self._taken, []
-        if not self.stopped:
-            actions += self._proceed(now)
+        actions += [] if self.stopped else self._proceed(now)
         return [*self.pending.save(), *self._sampler.limit(actions, now)]
 
     def due_s(self) -> float | None:
@@ -177,8 +175,8 @@ class Core:
         if self._online:
             actions += [*self._subscribe_again(now), *self.follower.time_reached(now), *self.terms.time_reached(now)]
             actions += self._own_status.time_reached(now)
-        actions += self._check_schema()
-        actions += self._leave_if_done()
+        actions += [] if self.training.is_occupied(self.state) else self.follower.check(now)
+        actions += [*self._check_schema(), *self._leave_if_done()]
         if self.stopped:
             return actions
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
@@ -276,7 +274,7 @@ class Core:
             case Head.KIND:
                 return self._head(frame, event.retained, now)
             case Grant.KIND:
-                return self._grant(frame, now)
+                return [*self.uplink.grant_arrived(frame, now, may_send=self._may_send())]
             case _:
                 return self._receipt(Receipt.from_meta(frame.meta), frame.seq, now)
 
@@ -294,13 +292,6 @@ class Core:
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
         asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
         return [*actions, *self.training.read_plan(head), *asked, *self.follower.head_accepted(head, now)]
-
-    def _grant(self, frame: Frame, now: float) -> list[Action]:
-        grant = Grant.from_meta(frame.meta)
-        update = self.state.outstanding
-        if not self.profile.is_addressed(grant) or update is None or grant.seq != update.seq:
-            raise ProtocolError("not-outstanding", "a grant for no outstanding update of this device")
-        return [*self.uplink.granted(update, grant, frame.seq, now)] if self._may_send() else []
 
     def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
         self._foreign_numbers.observe(receipt)
@@ -398,10 +389,8 @@ class Core:
         else:
             awaited = f"the broker ({self._reconnect.reason})" if self._reconnect.reason else "the broker"
         self._wait_timer.wait_for(awaited, now)
-        if self._wait_timer.timed_out(now):
-            waited_s = self._wait_timer.waited_s(now)
-            return self._stop(EXIT_FAILED, f"gave up after waiting {waited_s:.0f} s for {awaited}")
-        return [*self._wait_timer.report(now)]
+        given_up = self._wait_timer.given_up(now)
+        return self._stop(EXIT_FAILED, given_up) if given_up else [*self._wait_timer.report(now)]
 
     def _stop(self, code: int, reason: str) -> list[Action]:
         self.stopped = True

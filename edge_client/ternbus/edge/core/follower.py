@@ -78,6 +78,8 @@ class Follower:
     _retry_due_s: float | None = None
     _missing_since_s: float | None = None
     unconfirmed: bool = False  # the vector is the task's initial model, and no digest has confirmed it yet
+    postpones: bool = False  # nobody needs the vector now: it need not be hashed until `check`
+    unchecked: Delta | None = None  # that made the vector, which was not compared with its digest
 
     @property
     def synced(self) -> bool:
@@ -212,7 +214,8 @@ class Follower:
         if self.version == head.version:
             if self.digest != head.digest:
                 return self._resync(f"the digest of version {head.version} is not the head's", now)
-            self._missing_since_s, self.unconfirmed = None, False
+            self._missing_since_s = None
+            self.unconfirmed = self.unconfirmed and self.unchecked is not None
             return [*self.requests.cancel()]
         is_far = not self.version < head.version <= self.version + head.slots
         if is_far or (head.snapshot.version > self.version + DELTAS_MAX and not self._fetched_since_head):
@@ -225,6 +228,7 @@ class Follower:
         """Update the vector to the next version. Returns the fault of the delta; empty if it was applied.
 
         Only the last of several is hashed, which takes longer than all else: its digest is right for no wrong vector.
+        So it is of versions that come while nobody trains on them: `check` hashes the one that is used.
         """
         assert self.schema is not None  # noqa: S101 - there is no vector without one
         assert self.vector is not None  # noqa: S101 - as above
@@ -232,10 +236,22 @@ class Follower:
             vector = Block.read(self.schema, delta.codec, delta.encoding, body).apply(self.vector)
         except ProtocolError as error:
             return f"the delta of version {delta.version} is malformed ({error})"
-        if is_last and not self._is_of(delta, vector):
-            return f"the digest of version {delta.version} is not that of its delta"
         self.vector, self.version, self.digest = vector, delta.version, delta.digest
-        self.unconfirmed = self.unconfirmed and not is_last
+        self.unchecked = delta
+        return "" if self.postpones or not is_last else self._fault()
+
+    def check(self, now: float) -> list[Action]:
+        """Compare the vector with its digest, unless that was done; a wrong one is dropped."""
+        fault = self._fault()
+        return self._resync(fault, now) if fault else []
+
+    def _fault(self) -> str:
+        delta, self.unchecked = self.unchecked, None
+        if delta is None or self.vector is None:
+            return ""
+        if not self._is_of(delta, self.vector):
+            return f"the digest of version {delta.version} is not that of its delta"
+        self.unconfirmed = False
         return ""
 
     def _is_of(self, delta: Delta, vector: Vector) -> bool:
@@ -272,7 +288,7 @@ class Follower:
         log = Log(event="resync", text=f"restarting from a snapshot: {reason}", fields=fields)
         if self.unconfirmed:
             log = Log(event="other-beginning", text="the federation's initial model is not that of the task and seed")
-        self.vector, self.version, self.unconfirmed = None, None, False
+        self.vector, self.version, self.unchecked, self.unconfirmed = None, None, None, False
         self._missing_since_s = None
         if self._fetched_since_head:
             return [log, *self._pause(now)]
@@ -351,7 +367,7 @@ class Follower:
         if vector_digest(vector) != snapshot.digest:
             raise ProtocolError("bad-snapshot", "its vector does not have its digest")
         self.schema, self.vector = schema, vector
-        self.version, self.digest = snapshot.version, snapshot.digest
+        self.version, self.digest, self.unchecked = snapshot.version, snapshot.digest, None
 
 
 def check_parts(frame: Frame, head: Head) -> None:

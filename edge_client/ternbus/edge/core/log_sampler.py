@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ternbus.broker.errors import ProtocolError
 from ternbus.edge.core.actions import Action, Log
 
 LINES: Final = 60  # of each repeatable event in `WINDOW_S`
@@ -28,6 +29,10 @@ class LogSampler:
         if str(count).strip("0") != "1":
             return []
         return [Log(event=event, text=f"{text} ({count} so far)", fields={"reason": reason, **fields, "count": count})]
+
+    def dropped(self, error: ProtocolError) -> list[Log]:
+        """Count a message that is dropped."""
+        return self.log("dropped", error.reason, f"dropped a message: {error}", {"detail": error.detail})
 
     def limit(self, actions: Iterable[Action], now: float) -> list[Action]:
         """The actions without the logs of a repeatable event beyond `LINES` in a window; the last one says so."""

@@ -179,8 +179,7 @@ class State:
         """
         answered = self.outstanding is None and before.outstanding is not None
         told = HEARD | ANSWERED if answered else HEARD
-        names = (each.name for each in fields(self) if each.name not in told)
-        return any(getattr(self, name) is not getattr(before, name) for name in names)
+        return any(getattr(self, name) is not getattr(before, name) for name in _NAMES - told)
 
     @property
     def arm(self) -> int:
@@ -238,3 +237,6 @@ class State:
 
     def with_seq_limit(self, seq_limit: int) -> "State":
         return replace(self, seq_limit=seq_limit)
+
+
+_NAMES: Final = frozenset(each.name for each in fields(State))

@@ -1,8 +1,9 @@
 """The policy for training: by which plan, and on which version; a version with an answered update is skipped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Final
+from typing import Any, Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
@@ -58,6 +59,7 @@ class TrainingPolicy:
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
     _unaffordable: Plan | None = None  # the plan that asks for more than the budget has left
+    _read: Mapping[str, Any] = field(default_factory=dict)  # of the last head
 
     def __post_init__(self) -> None:
         self.failures = Failures(work="a training", retry=Retry(salt=f"{self.profile.key.hex()}/training"))
@@ -79,7 +81,10 @@ class TrainingPolicy:
 
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
+        if self.plan is not None and head.plan == self._read:
+            return []
         self.plan, self.arms, policy = None, None, self.profile.policy
+        self._read = head.plan
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
         keys = {name: value for name, value in head.plan.items() if name not in NOT_TRAINED_BY}
         try:
@@ -101,6 +106,11 @@ class TrainingPolicy:
     def _refuse(self, reason: str) -> list[Log]:
         self.refusal = reason
         return [_refused(reason)]
+
+    def is_occupied(self, state: State) -> bool:
+        """Whether no version is used until a training has ended and its update is answered."""
+        uses_others = self.profile.role != "train" or self.profile.evaluates or self.profile.fine_tune > 0
+        return not uses_others and (self.running is not None or state.outstanding is not None)
 
     def begin(self, follower: Follower, terms: PrivateTerms, state: State, now: float) -> list[StartTraining | Log]:
         """Start a training on the head's version, unless a condition is missing."""

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from ternbus.broker.protocol.frame import FRAME_BYTES, header_of
+from ternbus.broker.errors import ProtocolError
+from ternbus.broker.protocol.frame import FRAME_BYTES, Frame, header_of
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import SAMPLES_MAX, Grant, Offer, Receipt
 from ternbus.broker.protocol.meta_fields import ENTRIES_MAX
@@ -163,11 +164,17 @@ class Uplink:
         log = Log(event=verb, text=f"{verb} the update on version {update.base} ({size} bytes)", fields=fields)
         return [*parts, log]
 
-    def granted(self, update: OutstandingUpdate, grant: Grant, grant_seq: int, now: float) -> list[Publish]:
-        """The parts that a grant requests; none for a grant that was handled already, or an older one."""
-        if grant_seq <= self._grant_seq:
+    def grant_arrived(self, frame: Frame, now: float, *, may_send: bool) -> list[Publish]:
+        """The parts that a grant requests; none for a grant that was handled already, or an older one.
+
+        Raises `ProtocolError` for one of another device, or of an update that is not outstanding.
+        """
+        grant, update = Grant.from_meta(frame.meta), self.pending.state.outstanding
+        if not self.profile.is_addressed(grant) or update is None or grant.seq != update.seq:
+            raise ProtocolError("not-outstanding", "a grant for no outstanding update of this device")
+        if not may_send or frame.seq <= self._grant_seq:
             return []
-        self._grant_seq = grant_seq
+        self._grant_seq = frame.seq
         parts = self._frames_of(update)
         wanted = {part for first, last in grant.parts for part in range(first, min(last + 1, len(parts)))}
         self.resend.granted(grant.deadline_s, now)

@@ -56,12 +56,11 @@ class WaitTimer:
         self._report_s = now + REPORT_INTERVAL_S
         return [Log(event="waiting", text=f"waiting for {self.awaited}", fields={"for": self.awaited})]
 
-    def timed_out(self, now: float) -> bool:
-        """Whether the wait has exceeded the timeout."""
-        return self.awaited is not None and self.timeout_s is not None and now >= self._since_s + self.timeout_s
-
-    def waited_s(self, now: float) -> float:
-        return now - self._since_s
+    def given_up(self, now: float) -> str:
+        """Why the device stops, if the wait has exceeded the timeout; else empty."""
+        if self.awaited is None or self.timeout_s is None or now < self._since_s + self.timeout_s:
+            return ""
+        return f"gave up after waiting {now - self._since_s:.0f} s for {self.awaited}"
 
     def due_s(self) -> float | None:
         if self.awaited is None:

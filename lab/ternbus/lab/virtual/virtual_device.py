@@ -230,8 +230,13 @@ class VirtualDevice:
 
     def _share(self) -> None:
         follower, training = self.core.follower, self.core.training
+        known = self._vectors.get(follower.digest)
+        if known is None:  # else its own vector gives way to one that was checked
+            for action in follower.check(self._clock.now):
+                self._perform(action)
         if follower.vector is None:
             return
+        follower.unchecked = None
         shared = self._vectors.setdefault(follower.digest, follower.vector)
         if shared is follower.vector:
             shared.flags.writeable = False  # shared by all devices now
