@@ -3,7 +3,7 @@
     python -m benchmarks.training_speed [--data DIR] [--flower PYTHON] [--repeat 1] [--json]
 
 Rounds of 20 devices. With ``--data``: ten versions of fashion-mnist by `lab simulate --jobs 2`. Always: fifty versions
-of digits-mlp, a small model, by `--vectorise 10 --jobs 2`, for devices with equal and with unequal data. ``bare`` is
+of digits-mlp, a small model, by `--vectorise 20 --jobs 2`, for devices with equal and with unequal data. ``bare`` is
 `benchmarks.bare_training`: the same batches in a plain loop, in two processes that wait for nobody. ``flower`` is
 `benchmarks.flower_peer`, by a Python that has `flwr[simulation]`, by default the one that FLOWER_PYTHON names. All of
 these are whole commands, with their imports, one after the other, and again with ``--repeat``. Times are medians, and
@@ -119,7 +119,7 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each")
     given = parser.parse_args()
-    at_once = ("--vectorise", str(DEVICES // PROCESSES), "--jobs", str(PROCESSES))
+    at_once = ("--vectorise", str(DEVICES), "--jobs", str(PROCESSES))
     cases = [Case(task=MLP, versions=50, options=at_once, partition=each) for each in ("iid", "dirichlet:0.5")]
     if given.data is not None:
         images = Case(task="fashion-mnist", versions=10, options=("--jobs", str(PROCESSES)), data=given.data)

@@ -180,7 +180,7 @@ def test_a_group_whose_process_is_killed_is_said_in_words() -> None:
             process.join()
         for _ in range(2):  # where its end is seen, and after that
             with pytest.raises(FederationError, match="a worker process has ended unexpectedly"):
-                workers.begin([(0, job_of(0))])()
+                workers.begin([[(0, job_of(0))]])()
 
 
 @pytest.mark.slow

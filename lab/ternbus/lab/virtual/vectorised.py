@@ -17,6 +17,7 @@ from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell.worker import TrainingResult
+from ternbus.lab.virtual.shares import shares
 from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed
 
 FOREIGN: Final = "a hostile or a narrow device, a client algorithm of your own, or a task without PyTorch"
@@ -32,8 +33,8 @@ class Others(Protocol):
 
     count: int
 
-    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
-        """Begin to train them at once; the returned function waits for the results."""
+    def begin(self, groups: Sequence[Sequence[Training]]) -> Callable[[], list[TrainingResult]]:
+        """Begin to train each group at once; the returned function waits for the results, in order."""
         ...
 
 
@@ -62,7 +63,7 @@ class Vectorised:
         others: Others | None = None,
     ) -> None:
         self._pairs, self._widths, self._say, self._others = pairs, widths, say, others
-        self._most = most * (1 if others is None else 1 + others.count)
+        self._most, self._processes = most, 1 if others is None else 1 + others.count
         self._numbers = itertools.count()
         self._waiting: dict[int, _Begun] = {}  # by number, in the order in which they began
         self._results: dict[int, tuple[_Begun, TrainingResult]] = {}
@@ -108,7 +109,7 @@ class Vectorised:
             for each in sorted(self._waiting.values(), key=lambda each: each.end)
             if each.job.plan == plan and self._likeness(self._pairs[each.device][0], plan) == like
         )
-        return list(itertools.islice(alike, self._most))
+        return list(itertools.islice(alike, self._most * self._processes))
 
     def _likeness(self, trainer: Trainer, plan: Plan) -> object:
         """What is equal of those that are computed at once; None if this one is computed alone."""
@@ -128,24 +129,27 @@ class Vectorised:
 
     def _at_once(self, group: Sequence[Training]) -> list[TrainingResult]:
         """The results of all, in order; each process has a part of them."""
-        if self._others is None:
-            return at_once(self._pairs, group)
-        # A part takes as long as its longest training, and a little for each other one: so the longest are spread.
-        longest = sorted(group, key=lambda each: -self._pairs[each[0]][0].samples)
-        processes = min(1 + self._others.count, len(group))
-        own, *others = (longest[each::processes] for each in range(processes))
-        awaited = [(part, self._others.begin(part)) for part in others]
-        found = [*zip(own, at_once(self._pairs, own), strict=True)]
-        found += [pair for part, results in awaited for pair in zip(part, results(), strict=True)]
-        by_job = {id(job): result for (_, job), result in found}
-        return [by_job[id(job)] for _, job in group]
+        steps = [job.plan.steps(self._pairs[device][0].samples) for device, job in group]
+        parts = shares(steps, self._most, self._processes)
+        jobs = [[[group[number] for number in each] for each in part] for part in parts]
+        awaited = [] if self._others is None else [self._others.begin(each) for each in jobs[1:] if each]
+        found = each_at_once(self._pairs, jobs[0]) + [result for results in awaited for result in results()]
+        numbers = [number for part in parts for each in part for number in each]
+        return [result for _, result in sorted(zip(numbers, found, strict=True), key=lambda pair: pair[0])]
 
     def _alone(self, begun: _Begun) -> TrainingResult:
         return computed(self._pairs[begun.device], begun.job, self._widths.of(begun.device))
 
 
+def each_at_once(pairs: Sequence[Pair], groups: Sequence[Sequence[Training]]) -> list[TrainingResult]:
+    """The results of groups of trainings, in order; one that has no others is trained alone."""
+    return [result for group in groups for result in at_once(pairs, group)]
+
+
 def at_once(pairs: Sequence[Pair], group: Sequence[Training]) -> list[TrainingResult]:
     """The results of trainings by one plan that are alike, in order; ``pairs`` are those of all devices."""
+    if len(group) == 1:
+        return [computed(pairs[device], job) for device, job in group]
     starts = [
         Start(trainer=pairs[device][0], tensors=tensors_of(job), version=job.base, seed=job.seed)
         for device, job in group

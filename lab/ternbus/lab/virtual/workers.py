@@ -27,7 +27,7 @@ from ternbus.edge.shell.worker import TrainingResult
 from ternbus.lab.interrupts import without_interrupts
 from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual.training import Awaited, Pair, Widths, computed, loaded
-from ternbus.lab.virtual.vectorised import Training, at_once
+from ternbus.lab.virtual.vectorised import Training, each_at_once
 
 Result = TypeVar("Result")
 SAFE_PATH: Final = "PYTHONSAFEPATH"
@@ -89,10 +89,10 @@ class GroupWorkers(Processes):
         super().__init__(scenario, count, load)
         self.count = count
 
-    def begin(self, trainings: Sequence[Training]) -> Callable[[], list[TrainingResult]]:
+    def begin(self, groups: Sequence[Sequence[Training]]) -> Callable[[], list[TrainingResult]]:
         """Begin to train them; the returned function waits. Both raise `FederationError` if a process has died."""
         with _readable_errors():
-            return partial(_result, self._pool.submit(_train_group_in_worker, trainings))
+            return partial(_result, self._pool.submit(_train_groups_in_worker, groups))
 
 
 class _Queue:
@@ -219,6 +219,6 @@ def _train_in_worker(device: int, job: StartTraining) -> TrainingResult:
     return computed(own[device], job, widths.of(device))
 
 
-def _train_group_in_worker(trainings: Sequence[Training]) -> list[TrainingResult]:
+def _train_groups_in_worker(groups: Sequence[Sequence[Training]]) -> list[TrainingResult]:
     own, _ = _loaded()
-    return at_once(own, trainings)
+    return each_at_once(own, groups)

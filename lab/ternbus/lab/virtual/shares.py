@@ -1,0 +1,46 @@
+"""How trainings that are computed at once are shared among processes: some stacked, the longest alone.
+
+A step of several models at once costs a little more for each of them, and more than a step of one. Whoever has many
+more steps than the others would have a stack of one in the end: the stack is quicker without it.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+# The time of a step, where one of a model alone takes 1; of digits-mlp in `benchmarks`, with batches of 16.
+AT_ONCE: Final = 2.2
+FOR_EACH: Final = 0.1
+
+Share = list[list[int]]
+"""What one process computes: groups of numbers of trainings, each at once, one after the other."""
+
+
+def shares(steps: Sequence[int], most: int, processes: int) -> list[Share]:
+    """Shares for so many processes, of trainings with so many ``steps``; at most ``most`` are in a group."""
+    order = sorted(range(len(steps)), key=lambda number: -steps[number])
+    found: tuple[float, list[Share]] | None = None
+    for alone in range(min(len(order), 2 * processes) + 1):
+        rest = order[alone:]
+        for stacks in range(max(1, -(-len(rest) // most)), max(processes, -(-len(rest) // most)) + 1):
+            groups = [rest[place::stacks] for place in range(stacks)] + [[number] for number in order[:alone]]
+            longest, candidate = _spread([each for each in groups if each], steps, processes)
+            if found is None or longest < found[0]:
+                found = longest, candidate
+    assert found is not None  # noqa: S101 - the loops have a first round
+    return found[1]
+
+
+def _spread(groups: Sequence[list[int]], steps: Sequence[int], processes: int) -> tuple[float, list[Share]]:
+    """The groups on processes, the longest first on the one that is free first (Graham 1969); the time of the last."""
+    busy, found = [0.0] * processes, [list[list[int]]() for _ in range(processes)]
+    for group in sorted(groups, key=lambda group: -_time(group, steps)):
+        place = busy.index(min(busy))
+        busy[place] += _time(group, steps)
+        found[place].append(group)
+    return max(busy), found
+
+
+def _time(group: Sequence[int], steps: Sequence[int]) -> float:
+    if len(group) == 1:
+        return steps[group[0]]
+    return AT_ONCE * max(steps[number] for number in group) + FOR_EACH * sum(steps[number] for number in group)
