@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.program import ONE_THREAD, cpu_s, options, print_result, used, wait_until
+from benchmarks.program import ONE_THREAD, cpu_s, environment, options, print_result, used, wait_until
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import control
 from ternbus.broker.files import write_secret
@@ -56,7 +56,7 @@ class Case:
         root = str(Path(__file__).parent.parent)
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         instrumented = {"INSTRUMENTED_TASK": self.task, "INSTRUMENTED_NOTES": str(notes)}
-        return {**os.environ, **ONE_THREAD, **instrumented, "PYTHONPATH": os.pathsep.join(paths)}
+        return {**environment(), **ONE_THREAD, **instrumented, "PYTHONPATH": os.pathsep.join(paths)}
 
     @property
     def data_arguments(self) -> list[str]:

@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import path_task
 from benchmarks.aggregating import run_aggregator
 from benchmarks.ingest import FEDERATION, shapes
-from benchmarks.program import ONE_THREAD, cpu_ms, cpu_s, options, wait_until
+from benchmarks.program import ONE_THREAD, cpu_ms, cpu_s, environment, options, wait_until
 from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import reading
@@ -103,9 +103,9 @@ class Running:
 def federation(case: Case, folder: Path) -> Iterator[Running]:
     """Run a federation until the block ends."""
     directory = folder / "aggregator"
-    environment = {**os.environ, **ONE_THREAD, path_task.PARAMETERS: str(case.parameters)}
+    variables = {**environment(), **ONE_THREAD, path_task.PARAMETERS: str(case.parameters)}
     root = str(Path(__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     model = path_task.NothingTask(parameters=case.parameters).initial(0)
     settings = {"merge.buffer_size": case.buffer, "merge.max_wait_s": WITHIN_S, "staleness.max": 1000}
     names = [f"d{number}" for number in range(case.devices)]
@@ -119,7 +119,7 @@ def federation(case: Case, folder: Path) -> Iterator[Running]:
                 command = [sys.executable, "-m", "ternbus.lab.processes.device", "--task", TASK]
                 command += [str(folder / f"{name}.toml"), str(folder / name), "run", str(folder / name)]
                 with (folder / f"{name}.log").open("wb") as log:
-                    processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+                    processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
             roles = {
                 "device": [each.pid for each in processes],
                 "aggregator": [aggregator.process.pid],
@@ -264,6 +264,8 @@ def main() -> None:
     parser.add_argument("--merge", nargs="+", choices=("barrier", "async"), default=["barrier", "async"])
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a measurement")
     given = parser.parse_args()
+    # what starts later finds it compiled, as where it is installed
+    subprocess.run([sys.executable, "-c", "import ternbus.lab.processes.device"], env=environment(), check=True)
     rows = []
     for parameters in given.parameters:
         with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,11 @@ ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LOOK_S: Final = 0.02  # between two looks at what is waited for
 
 
+def environment() -> dict[str, str]:
+    """The environment of child processes: as here, but Python keeps what it has compiled, as where it is installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def options(doc: str | None, engine: type[Enum] | None = None) -> argparse.ArgumentParser:
     """A parser for a module with this docstring: ``--json`` and, with the brokers to choose from, ``--engine``."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.program import options, print_result
+from benchmarks.program import environment, options, print_result
 
 DEVICES: Final = 20
 PROCESSES: Final = 2
 MLP: Final = "benchmarks.digits_mlp:TASK"
-ENVIRONMENT: Final = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}  # a library too is named benchmarks
+ENVIRONMENT: Final = environment() | {"PYTHONPATH": str(Path(__file__).parents[1])}  # a library too is named benchmarks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,8 @@ def test_each_training_is_in_one_group_of_no_more_than_may_be(steps: list[int], 
     found = shares(steps, most, processes)
     groups = list(itertools.chain(*found))
     assert len(found) == processes
-    assert found[0]  # this process is never idle
+    assert found[0]
+    assert time_of(found[0], steps) == min(time_of(share, steps) for share in found if share)
     assert sorted(itertools.chain(*groups)) == list(range(len(steps)))
     assert all(1 <= len(group) <= most for group in groups)
     assert shares(steps, most, processes) == found
@@ -36,7 +37,8 @@ def test_equal_trainings_are_stacked_in_each_process() -> None:
 def test_the_longest_are_alone_where_that_is_quicker_than_any_two_stacks() -> None:
     found = shares(UNEQUAL, 20, 2)
     alone = [UNEQUAL[group[0]] for share in found for group in share if len(group) == 1]
-    assert sorted(alone) == [61, 63]
+    assert {61, 63} <= set(alone)
+    assert len(alone) < 5
     halves = [[sorted(range(20), key=lambda number: -UNEQUAL[number])[part::2]] for part in range(2)]
     longest, of_halves = (max(time_of(share, UNEQUAL) for share in each) for each in (found, halves))
-    assert longest < 0.95 * of_halves
+    assert longest < of_halves

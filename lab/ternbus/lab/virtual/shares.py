@@ -7,16 +7,20 @@ more steps than the others would have a stack of one in the end: the stack is qu
 from collections.abc import Sequence
 from typing import Final
 
-# The time of a step, where one of a model alone takes 1; of digits-mlp in `benchmarks`, with batches of 16.
-AT_ONCE: Final = 2.2
-FOR_EACH: Final = 0.1
+# The time of a step, where one of a model alone takes 1. It depends on model and processor: of digits-mlp in `benchmarks`,
+# with batches of 16, it is 2.2 and 0.1 on an Intel Xeon, 1.7 and 0.3 on an AMD EPYC.
+AT_ONCE: Final = 2.0
+FOR_EACH: Final = 0.2
 
 Share = list[list[int]]
 """What one process computes: groups of numbers of trainings, each at once, one after the other."""
 
 
 def shares(steps: Sequence[int], most: int, processes: int) -> list[Share]:
-    """Shares for so many processes, of trainings with so many ``steps``; at most ``most`` are in a group."""
+    """Shares for so many processes, of trainings with so many ``steps``; at most ``most`` are in a group.
+
+    The first share, of a process that has other work beside it, takes the least time of those that are not empty.
+    """
     order = sorted(range(len(steps)), key=lambda number: -steps[number])
     found: tuple[float, list[Share]] | None = None
     for alone in range(min(len(order), 2 * processes) + 1):
@@ -31,13 +35,14 @@ def shares(steps: Sequence[int], most: int, processes: int) -> list[Share]:
 
 
 def _spread(groups: Sequence[list[int]], steps: Sequence[int], processes: int) -> tuple[float, list[Share]]:
-    """The groups on processes, the longest first on the one that is free first (Graham 1969); the time of the last."""
+    """The time of the busiest process, and the groups of each: the longest group goes first (LPT; Graham 1969)."""
     busy, found = [0.0] * processes, [list[list[int]]() for _ in range(processes)]
     for group in sorted(groups, key=lambda group: -_time(group, steps)):
         place = busy.index(min(busy))
         busy[place] += _time(group, steps)
         found[place].append(group)
-    return max(busy), found
+    order = sorted(range(processes), key=lambda place: (not found[place], busy[place]))
+    return max(busy), [found[place] for place in order]
 
 
 def _time(group: Sequence[int], steps: Sequence[int]) -> float:
