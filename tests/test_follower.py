@@ -171,6 +171,32 @@ def test_of_deltas_applied_together_only_the_last_ones_digest_is_compared(fault:
     assert broker.logs == (["snapshot"] if fault == "digest" and wrong < 3 else ["snapshot", "resync", "snapshot"])
 
 
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_vector_that_nobody_needs_yet_is_compared_with_its_digest_before_it_is_used(is_wrong: bool) -> None:
+    """One digest is computed for all versions that came meanwhile; a wrong change of any of them makes it differ."""
+    aggregator, follower, broker = started()
+    follower.postpones = True
+    for version in (1, 2):
+        aggregator.advance()
+        if is_wrong and version == 1:
+            meta = {"version": 1, "digest": aggregator.digest(1), "codec": "float32", "encoding": "raw"}
+            frames = aggregator.cut("delta", meta, np.ones(aggregator.schema.elements, "<f4").tobytes())
+            deliver(
+                follower, [(f"ternbus/1/{FEDERATION}/all/delta/1/{part}", each) for part, each in enumerate(frames)]
+            )
+        else:
+            deliver(follower, aggregator.delta(version))
+        broker.perform(follower, follower.head_accepted(a_head(aggregator), 1.0), 1.0)
+    assert (follower.version, broker.logs) == (2, ["snapshot"])
+    assert has(follower, aggregator, 2) is not is_wrong
+    broker.publish(aggregator.new_snapshot())
+    broker.perform(follower, follower.head_accepted(a_head(aggregator), 2.0), 2.0)
+    broker.perform(follower, follower.check(2.0), 2.0)
+    assert broker.logs == (["snapshot", "resync", "snapshot"] if is_wrong else ["snapshot"])
+    assert has(follower, aggregator, 2)
+    assert follower.check(3.0) == []
+
+
 def test_a_head_with_another_digest_for_our_version_is_followed_from_its_snapshot_and_then_rested_from() -> None:
     aggregator, follower, broker = started()
     head = Head.from_meta(parse(aggregator.head(digest=bytes(32))[1]).meta)

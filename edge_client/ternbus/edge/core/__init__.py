@@ -7,7 +7,7 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
    new device from `State(key=profile.key)`) and, to save a download, from the task's `InitialModel`. No other process
    uses the same state meanwhile. After a crash make another; the core needs nothing else of the one before.
 2. **One event at a time.** Call `handle(event, now)` in one thread, first with `Started`; or `take` for each of several
-   events that wait, then `proceed` once. ``now`` is in seconds of a clock that never goes back. The core keeps no clock,
+   events that wait, then `proceed` once. ``now`` is in seconds of a clock that never goes back. It keeps no clock,
    no thread, and no randomness but the ``seal`` of its profile.
 3. **Actions in order.** Perform the actions that `handle` or `proceed` returns, all of them and in their order, before
    the next event. If one fails, perform none of those after it: end the process, and start again from the disk.
