@@ -313,6 +313,30 @@ def offered(**changes: Any) -> tuple[ScriptedAggregator, Device, Frame]:
     return scripted, device, frame
 
 
+def test_a_grant_that_waits_behind_the_head_that_makes_an_update_late_has_nothing_sent() -> None:
+    scripted, device, frame = offered(max_staleness=0)
+    scripted.advance()
+    grant = scripted.grant(DEVICE, DEVICE_KEY.key_id, frame.seq, [[0, 0]])
+    for topic, payload in [*scripted.delta(1), scripted.head(), grant]:
+        device.core.take(events.FrameArrived(topic=topic, frame=parse(payload), retained=False), device.now)
+    done = device.core.proceed(device.now)
+    assert "withdrawn" in logged(done)
+    assert published(done, "update") == []
+    assert (device.core.state.outstanding, device.core.state.left) == (None, -1)
+
+
+def test_where_an_update_is_given_up_nobody_trains_on_a_vector_without_its_digest() -> None:
+    scripted, device, _ = offered(max_staleness=1)
+    scripted.advance()
+    device.arrive(*scripted.delta(1), scripted.head())
+    scripted.advance()
+    scripted.vectors[2] = scripted.vectors[2] + np.float32(1)  # head and delta state a digest that is not the block's
+    done = device.arrive(*scripted.delta(2), scripted.head())
+    assert "withdrawn" in logged(done)
+    assert "resync" in logged(done)
+    assert of(done, StartTraining) == []
+
+
 def test_an_update_that_is_late_before_any_of_it_was_sent_is_forgotten() -> None:
     scripted, device, frame = offered(max_staleness=1)
     scripted.advance()

@@ -313,7 +313,7 @@ class Service:
             messages = "1 retained message" if count == 1 else f"{count} retained messages"
             self.log(f"publishing {messages} again: {action.why}", level=WARNING, event="republished")
         for topic in action.topics:
-            self._publish(topic, self._ledger.retained(topic), retain=True)
+            self._publish(topic, self._ledger.frame(topic), retain=True)
 
     def _spread_revocations(self, batch: list[records.Record]) -> None:
         if not any(isinstance(record, records.DeviceRevoked | records.KeysRevoked) for record in batch):

@@ -69,8 +69,7 @@ class Core:
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
         self._wait_timer = WaitTimer(timeout_s=profile.timeout_s)
         self._resubscribe = Resubscribe()
-        self._online = self._connecting = False  # whether there is a connection, or one is being made
-        self._leaving = self.stopped = False
+        self._online = self._connecting = self._leaving = self.stopped = False  # online, or about to be
         self._accepted, self._logged_head_state = 0, ""  # updates since this process began; and what the log said last
         self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
         self._taken: list[Action] = []  # that follow from events, and that `proceed` returns
@@ -175,12 +174,12 @@ class Core:
         if self._online:
             actions += [*self._subscribe_again(now), *self.follower.time_reached(now), *self.terms.time_reached(now)]
             actions += self._own_status.time_reached(now)
+        actions += self.uplink.withdraw(self.follower.head)
         actions += [] if self.training.is_occupied(self.state) else self.follower.check(now)
         actions += [*self._check_schema(), *self._leave_if_done()]
         if self.stopped:
             return actions
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
-        actions += self.uplink.withdraw(self.follower.head)
         actions += self.evaluation.begin(self.follower, self.training, now)
         if not self._leaving:
             actions += self.measuring.begin(self.training, self.uplink.frame_bytes if self._online else 0, now)
@@ -291,7 +290,8 @@ class Core:
             self._logged_head_state = head.state
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
         asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
-        return [*actions, *self.training.read_plan(head), *asked, *self.follower.head_accepted(head, now)]
+        actions += [*self.training.read_plan(head), *asked, *self.follower.head_accepted(head, now)]
+        return actions + self.uplink.withdraw(head)  # before a grant that waits with it
 
     def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
         self._foreign_numbers.observe(receipt)

@@ -108,8 +108,12 @@ class TrainingPolicy:
         return [_refused(reason)]
 
     def is_occupied(self, state: State) -> bool:
-        """Whether no version is used until a training has ended and its update is answered."""
-        uses_others = self.profile.role != "train" or self.profile.evaluates or self.profile.fine_tune > 0
+        """Whether no version is used until a training has ended and its update is answered.
+
+        A private device never says so: it holds no vector without the digest that the context of its updates has.
+        """
+        about = self.profile
+        uses_others = about.role != "train" or about.evaluates or about.fine_tune > 0 or about.is_private
         return not uses_others and (self.running is not None or state.outstanding is not None)
 
     def begin(self, follower: Follower, terms: PrivateTerms, state: State, now: float) -> list[StartTraining | Log]:

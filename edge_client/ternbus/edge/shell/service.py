@@ -89,7 +89,8 @@ class Service:
     def run(self) -> Stop:
         """Run until the core stops.
 
-        An exception is a fault of the disk or a bug: the state is on disk, and the broker publishes the last will.
+        An exception is a fault of the disk or a bug: what nobody would tell again is on disk, and the broker publishes
+        the last will.
         """
         try:
             self._handle(events.Started())
@@ -100,6 +101,8 @@ class Service:
         except BaseException:
             self._link.abandon()
             raise
+        if self._save_due_s is not None:
+            self._save(durable=False)
         self._link.disconnect(flush_s=FLUSH_S)
         reached("disconnected")
         self._save()

@@ -145,9 +145,7 @@ class VirtualDevice:
         return core, Alarm(self._clock, core.due_s, lambda: self._handle(events.TimeReached()))
 
     def _handle(self, event: events.Event) -> None:
-        wanted = self.core.handle(event, self._clock.now)
-        self._share()
-        for action in wanted:
+        for action in [*self.core.handle(event, self._clock.now), *self._share()]:
             self._perform(action)
         self._alarm.look()
 
@@ -228,19 +226,19 @@ class VirtualDevice:
             found = found if isinstance(tuned, events.FineTuningFailed) else tuned
         return self.core.evaluation.metrics(found)
 
-    def _share(self) -> None:
+    def _share(self) -> list[Action]:
+        """Have one array for all devices on a version; what follows where the vector is not that of its digest."""
         follower, training = self.core.follower, self.core.training
-        known = self._vectors.get(follower.digest)
-        if known is None:  # else its own vector gives way to one that was checked
-            for action in follower.check(self._clock.now):
-                self._perform(action)
+        known = self._vectors.get(follower.digest)  # which was checked, and takes the place of its own
+        actions = follower.check(self._clock.now) if known is None else []
         if follower.vector is None:
-            return
+            return actions
         follower.unchecked = None
         shared = self._vectors.setdefault(follower.digest, follower.vector)
         if shared is follower.vector:
             shared.flags.writeable = False  # shared by all devices now
-            return
+            return actions
         if training.running is not None and training.running.vector is follower.vector:
             training.running = replace(training.running, vector=shared)
         follower.vector = shared
+        return actions
