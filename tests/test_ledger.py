@@ -316,20 +316,3 @@ def test_the_largest_hints_of_a_device_are_kept(bench: Bench) -> None:
 def test_vectors_are_little_endian_on_disk(bench: Bench) -> None:
     content = (bench.directory / "vectors" / "1-model.f32").read_bytes()
     assert np.array_equal(np.frombuffer(content, dtype="<f4"), bench.core.model.published)
-
-
-def test_a_message_that_the_broker_should_retain_and_the_ledger_lacks_is_damage(bench: Bench) -> None:
-    head = f"ternbus/1/{LAB}/all/head"
-    assert bench.ledger.retained(head) == bench.ledger.frame(head)
-    bench.ledger.db.execute("DELETE FROM frames WHERE topic = ?", (head,))
-    assert bench.ledger.frame(head) == b""
-    with pytest.raises(CorruptError, match=r"the retained message of .*/head is missing; run `ternbus aggregator"):
-        administration.open_core(bench.directory, bench.ledger, "test")
-
-
-def test_no_payload_is_read_to_find_the_place_of_a_message(bench: Bench) -> None:
-    """With payloads in its keys, SQLite read some of them whole at each write."""
-    (definition,) = bench.ledger.db.execute("SELECT sql FROM sqlite_schema WHERE name = 'frames'").fetchone()
-    assert "WITHOUT ROWID" not in definition
-    (plan,) = bench.ledger.db.execute("EXPLAIN QUERY PLAN SELECT payload FROM frames WHERE topic = 'a'").fetchall()
-    assert "INDEX sqlite_autoindex_frames_1 (topic=?)" in plan[-1]

@@ -342,12 +342,6 @@ class Ledger:
             raise self.corrupt(f"the retained message of {topic} is damaged")
         return bytes(row[0])
 
-    def retained(self, topic: str) -> bytes:
-        """What the broker is to retain there; CorruptError where the ledger has nothing."""
-        if not (found := self.frame(topic)):
-            raise self.corrupt(f"the retained message of {topic} is missing")
-        return found
-
     def open_requests(self) -> list[tuple[int, str, str]]:
         """(id, what, argument) of what commands have asked for, oldest first."""
         return self.db.execute("SELECT id, what, argument FROM requests WHERE done = 0 ORDER BY id").fetchall()

@@ -59,9 +59,9 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
     published = PublishedState(
         state=ledger.fact("state"),
         snapshot=SnapshotRef(version=version, parts=parts, content_bytes=content_bytes, place=place),
-        snapshot_seq=parse(ledger.retained(topics.snapshot(settings.federation, place, 0))).seq,
+        snapshot_seq=parse(ledger.frame(topics.snapshot(settings.federation, place, 0))).seq,
         sizes=dict(ledger.db.execute("SELECT topic, length(payload) FROM frames").fetchall()),
-        head_frame=ledger.retained(topics.head(settings.federation)),
+        head_frame=ledger.frame(topics.head(settings.federation)),
         slots=int(ledger.fact("slots")),
         recipe=Recipe.loads(ledger.fact("recipe")),
         log_hash=ledger.last_entry().hash,
