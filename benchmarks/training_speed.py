@@ -119,6 +119,8 @@ def main() -> None:
     )
     parser.add_argument("--repeat", type=int, default=1, help="runs of each")
     given = parser.parse_args()
+    warm = "import ternbus.lab.cli, ternbus.lab.virtual.simulate, ternbus.edge.torch.trainer"
+    subprocess.run([sys.executable, "-c", warm], env=ENVIRONMENT, check=True)  # what starts later finds it compiled
     at_once = ("--vectorise", str(DEVICES), "--jobs", str(PROCESSES))
     cases = [Case(task=MLP, versions=50, options=at_once, partition=each) for each in ("iid", "dirichlet:0.5")]
     if given.data is not None:

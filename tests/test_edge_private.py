@@ -325,6 +325,16 @@ def test_a_grant_that_waits_behind_the_head_that_makes_an_update_late_has_nothin
     assert (device.core.state.outstanding, device.core.state.left) == (None, -1)
 
 
+def test_an_update_that_is_late_when_its_training_ends_is_forgotten() -> None:
+    scripted, device, job = training(direct_parts=0, max_staleness=0)
+    scripted.advance()
+    assert "withdrawn" not in logged(device.arrive(*scripted.delta(1), scripted.head()))
+    done = device.handle(finished(job))
+    assert "withdrawn" in logged(done)
+    assert published(done, "offer") == []
+    assert device.core.state.outstanding is None
+
+
 def test_where_an_update_is_given_up_nobody_trains_on_a_vector_without_its_digest() -> None:
     scripted, device, _ = offered(max_staleness=1)
     scripted.advance()

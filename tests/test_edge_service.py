@@ -68,6 +68,7 @@ class Recorder:
     def __init__(self) -> None:
         self.acknowledged: list[list[int]] = []
         self.saved: list[tuple[int, list[int], bool]] = []
+        self.saves_then: Callable[[], object] = lambda: None
 
     def acknowledge(self, tokens: Iterable[Token]) -> None:
         self.acknowledged.append([token.mid for token in tokens])
@@ -80,13 +81,24 @@ class Recorder:
 
     def save(self, saved: State, answered: Iterable[AnsweredUpdate], counters: object, *, durable: bool = True) -> None:
         self.saved.append((saved.head_seq, [each.seq for each in answered], durable))
+        then, self.saves_then = self.saves_then, lambda: None
+        then()
 
 
 def run(
-    script: Sequence[Sequence[Action]], before: Sequence[LinkEvent | events.Event], **more: int
+    script: Sequence[Sequence[Action]],
+    before: Sequence[LinkEvent | events.Event],
+    reaches: Sequence[events.StopRequested] = (),
+    **more: int,
 ) -> tuple[ScriptedCore, Recorder]:
-    """Run a service on what has happened before it runs."""
+    """Run a service on what has happened before it runs; it is asked to stop when it has saved for the first time."""
     core, recorder = ScriptedCore([[], *script], **more), Recorder()
+
+    def ask() -> None:
+        for each in reaches:
+            service.request_stop(each.reason)
+
+    recorder.saves_then = ask
     delivers: list[Callable[[LinkEvent], None]] = []
 
     def make_link(deliver: Callable[[LinkEvent], None]) -> Link:
@@ -154,10 +166,15 @@ def test_what_a_peer_tells_again_is_saved_with_the_next_durable_save() -> None:
 
 
 def test_what_a_peer_tells_again_is_saved_by_itself_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAVE_WITHIN_S", 0.0)
-    script: list[list[Action]] = [[Save(state=state(1), answered=answer(5), durable=False)], [STOP]]
-    _, recorder = run(script, [message(1), events.StopRequested(reason="")])
-    assert recorder.saved == [(1, [5], False), (1, [], True)]
+    monkeypatch.setattr(module, "SAVE_WITHIN_S", 0.01)
+    script: list[list[Action]] = [
+        [Save(state=state(1), answered=answer(5), durable=False)],
+        [],  # it wakes up for the save, not for an event
+        [Save(state=state(2), durable=True), STOP],
+    ]
+    core, recorder = run(script, [message(1)], reaches=[events.StopRequested(reason="")])
+    assert recorder.saved == [(1, [5], False), (2, [], True), (2, [], True)]
+    assert [type(event).__name__ for event in core.rounds[2]] == ["TimeReached"]
 
 
 def test_nothing_that_was_put_off_is_lost_by_a_stop() -> None:

@@ -104,6 +104,9 @@ def named(_: Any, split: Any) -> dict[str, Tensor]:
     return {"images": images, "weight": torch.ones(len(labels)), "target": labels.float()}
 
 
+NAMED = TorchTask(name="named", model=OwnLoss, data=named, loss=nn.MSELoss())
+
+
 @pytest.mark.parametrize(
     ("task", "plan"),
     [
@@ -114,10 +117,7 @@ def named(_: Any, split: Any) -> dict[str, Tensor]:
         (task_of(), {"optimizer": "rmsprop", "learning_rate": 0.001}),
         (task_of(InPlace), {}),
         (digits.TASK, {"local_epochs": 1}),  # convolutions, and dropout
-        (
-            TorchTask(name="named", model=OwnLoss, data=named, loss=nn.MSELoss()),
-            {"learning_rate": 0.001, "batch_size": 8},
-        ),
+        (NAMED, {"learning_rate": 0.001, "batch_size": 8}),
     ],
 )
 def test_devices_at_once_are_trained_as_each_alone(task: TorchTask, plan: dict[str, object]) -> None:
@@ -125,15 +125,16 @@ def test_devices_at_once_are_trained_as_each_alone(task: TorchTask, plan: dict[s
     before = torch.get_rng_state()
     found = at_once(starts, wanted)
     assert torch.equal(torch.get_rng_state(), before)
-    distances = []
+    has_units = task is not NAMED  # of ReLU
+    distances, relative = [], 1e-2 if has_units else 1e-4
     for start, result in zip(starts, found, strict=True):
         alone = start.trainer.train(start.tensors, wanted, version=start.version, seed=start.seed)
         assert isinstance(result, Trained)
         distances.append(apart(alone, result, start))
         assert result.samples == alone.samples
-        assert {**result.metrics, "seconds": 0} == pytest.approx({**alone.metrics, "seconds": 0}, rel=1e-2)
+        assert {**result.metrics, "seconds": 0} == pytest.approx({**alone.metrics, "seconds": 0}, rel=relative)
     assert statistics.median(distances) < RELATIVE
-    assert max(distances) < SWITCHED
+    assert max(distances) < (SWITCHED if has_units else RELATIVE)
 
 
 def test_one_device_that_diverges_is_none_of_the_others_concern() -> None:

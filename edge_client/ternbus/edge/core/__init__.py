@@ -7,16 +7,16 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
    new device from `State(key=profile.key)`) and, to save a download, from the task's `InitialModel`. No other process
    uses the same state meanwhile. After a crash make another; the core needs nothing else of the one before.
 2. **One event at a time.** Call `handle(event, now)` in one thread, first with `Started`; or `take` for each of several
-   events that wait, then `proceed` once. ``now`` is in seconds of a clock that never goes back. It keeps no clock,
-   no thread, and no randomness but the ``seal`` of its profile.
+   events that wait, then `proceed` once. ``now`` is in seconds of a clock that never goes back. The core keeps no
+   clock, no thread, and no randomness but the ``seal`` of its profile.
 3. **Actions in order.** Perform the actions that `handle` or `proceed` returns, all of them and in their order, before
    the next event. If one fails, perform none of those after it: end the process, and start again from the disk.
 4. **Save.** Write the state, and the answered update if there is one, to stable storage in one transaction, before the
    next action. The actions after it may publish what only this write remembers. A save that is not ``durable`` may be
-   put off until the next one that is, for a second at most. It may be lost with process or power; then nothing that was
-   saved after it may be kept.
-5. **Time.** After each `handle`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if nothing happens
-   before. Too early does no harm; too late causes a delay.
+   put off until the next durable one, but for a second at most. It may be lost with process or power; then nothing that
+   was saved after it may be kept.
+5. **Time.** After each `handle` or `proceed`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if
+   nothing happens before. Too early does no harm; too late causes a delay.
 6. **Connect.** Open a connection to the broker with a persistent session, QoS 1, and the given last will, retained.
    Answer with one `Connected` or one `ConnectFailed`, and end each `Connected` with one `Disconnected`, also when the
    broker took the session away. After `Disconnected` nothing of that connection may arrive any more.

@@ -7,8 +7,7 @@ more steps than the others would have a stack of one in the end: the stack is qu
 from collections.abc import Sequence
 from typing import Final
 
-# The time of a step, where one of a model alone takes 1. It depends on model and processor: of digits-mlp in
-# benchmarks/, with batches of 16, it is 2.2 and 0.1 on an Intel Xeon, 1.7 and 0.3 on an AMD EPYC.
+# The time of a step of small models, where that of one alone is 1. Processors differ: these lie between two of them.
 AT_ONCE: Final = 2.0
 FOR_EACH: Final = 0.2
 

@@ -34,6 +34,10 @@ Result = TypeVar("Result")
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES: Final = 2**30
+MAPPED_BYTES: Final = (
+    2**30,
+    2**25,
+)  # from here on glibc maps memory for a piece; older ones take no more than the second
 
 
 class Processes:
@@ -208,12 +212,12 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
 def _keep_memory() -> None:
     """Have the process keep what a step of training has freed, for the next step.
 
-    glibc would give large pieces back to the system each time, which then clears each page anew: a tenth of the time of
-    a convolution. Other C libraries have no `mallopt`.
+    glibc would give large pieces back to the system each time, which then clears each page anew. Other C libraries have
+    no `mallopt`. Either limit alone would fix the other one at its default, where it is worst.
     """
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(parameter, KEPT_BYTES)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and any(mallopt(M_MMAP_THRESHOLD, limit) for limit in MAPPED_BYTES):
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @cache
