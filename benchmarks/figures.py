@@ -324,7 +324,8 @@ def training_speed(rows: Any) -> str:
         body.append([*ours, f"{row['bare_s']:.1f} s", f"{row['to_bare']:.2f}", *peer, spent])
     return (
         "Rounds of 20 devices. Bare training is the same batches in a plain loop of PyTorch, in two processes that "
-        "wait for nobody; nothing is merged or evaluated. Flower's engine trains in two processes. The simulation and "
+        "wait for nobody; nothing is merged or evaluated. Flower's engine trains in two processes. Those of the "
+        "simulation keep the memory that a step frees, the others have their libraries' defaults. The simulation and "
         "Flower evaluate each version. Seconds are medians of whole commands, with their imports, and ratios are "
         "medians of the rounds' ratios. The last column has the processor's time of the simulation as a multiple of "
         "that of the training alone. Flower's columns need a Python with `flwr[simulation]`, named by "
