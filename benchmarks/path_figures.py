@@ -28,8 +28,8 @@ def whole_path(rows: Any) -> str:
         "store, sign, send and wait for receipts. Devices, broker and aggregator share the machine. With a "
         f"barrier a version takes an update of each device, asynchronously of {first['devices'] // 2}. CPU is that of "
         "whole processes for an accepted update; beside it are the parts that cannot be left out, each once and alone "
-        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update. A device's start is its CPU "
-        "until all devices have trained once."
+        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update. A device's start is its "
+        "CPU until all devices have trained once."
         f"\n\n{table_of(head, body)}\n\n{_beside(rows)}"
     )
 
