@@ -38,7 +38,7 @@ from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
-SAVE_WITHIN_S: Final = 1.0  # what a peer would tell again
+SAVE_WITHIN_S: Final = 1.0  # a head, which a peer would tell again
 ACKNOWLEDGED_WITHIN_S: Final = 0.1  # until the broker's acknowledgements are handled, if nothing else happens before
 AT_ONCE: Final = 64  # events
 PERSONAL: Final = "personal.safetensors"
@@ -206,8 +206,9 @@ class Service:
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
                     self._answered.append(action.answered)
-                if action.durable:
-                    self._save()
+                # after a kill in a federation that closes, the device would drop an update that was merged
+                if action.durable or action.answered is not None:
+                    self._save(durable=action.durable)
                 elif self._save_due_s is None:
                     self._save_due_s = time.monotonic() + SAVE_WITHIN_S
             case Connect():
