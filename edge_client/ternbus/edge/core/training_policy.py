@@ -1,9 +1,8 @@
 """The policy for training: by which plan, and on which version; a version with an answered update is skipped."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Final
 
 from ternbus.broker.backoff import Retry
 from ternbus.broker.errors import ProtocolError
@@ -59,7 +58,6 @@ class TrainingPolicy:
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
     _unaffordable: Plan | None = None  # the plan that asks for more than the budget has left
-    _read: Mapping[str, Any] = field(default_factory=dict)  # of the last head
 
     def __post_init__(self) -> None:
         self.failures = Failures(work="a training", retry=Retry(salt=f"{self.profile.key.hex()}/training"))
@@ -81,10 +79,7 @@ class TrainingPolicy:
 
     def read_plan(self, head: Head) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
-        if self.plan is not None and head.plan == self._read:
-            return []
         self.plan, self.arms, policy = None, None, self.profile.policy
-        self._read = head.plan
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
         keys = {name: value for name, value in head.plan.items() if name not in NOT_TRAINED_BY}
         try:
