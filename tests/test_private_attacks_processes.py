@@ -214,7 +214,7 @@ def test_e_an_aggregator_that_is_its_own_helper_gets_nothing_nor_does_a_head_wit
             meta = {**head.meta, "plan": plan}
             about: dict[str, Any] = {"federation": LAB, "sender": "aggregator", "kind": "head"}
             online = Status(state="online", session=1000).meta()
-            seq = head.seq + 1000 * number
+            seq = head.seq + 10**6 * number
             for topic, kind, said in ((topics.status(LAB), "status", online), (topics.head(LAB), "head", meta)):
                 payload = build(own, **{**about, "kind": kind}, seq=seq, meta=said)
                 watcher.link.publish(topic, payload, retain=True)
