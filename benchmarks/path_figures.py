@@ -11,7 +11,6 @@ def whole_path(rows: Any) -> str:
     head = (
         "parameters", "broker", "merge", "updates/s", "a device's CPU", "bare parts", "the aggregator's CPU",
         "bare parts", "the broker's CPU", "bytes that the broker reads", "durable writes: device", "aggregator",
-        "a device's start",
     )  # fmt: skip
     body = []
     for row in rows:
@@ -20,16 +19,14 @@ def whole_path(rows: Any) -> str:
         times += [f"{bare['aggregator']:.1f}", f"{cpu['broker']:.1f} ms"]
         durable = [f"{writes[role]:.1f}" if role in writes else "-" for role in ("device", "aggregator")]
         about = [f"{row['parameters']:,}", row["engine"], _merge(row), f"{row['updates_per_s']:.1f}"]
-        start = f"{row['start_cpu_s']:.2f} s"
-        body.append([*about, *times, f"{row['broker_bytes']['in']:,.0f}", *durable, start])
+        body.append([*about, *times, f"{row['broker_bytes']['in']:,.0f}", *durable])
     first = rows[0]
     return (
         f"{first['devices']} devices, each a process of its own, whose task trains nothing: they follow, compress, "
         "store, sign, send and wait for receipts. Devices, broker and aggregator share the machine. With a "
         f"barrier a version takes an update of each device, asynchronously of {first['devices'] // 2}. CPU is that of "
         "whole processes for an accepted update; beside it are the parts that cannot be left out, each once and alone "
-        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update. A device's start is its "
-        "CPU until all devices have trained once."
+        "on an idle processor. Durable writes are calls of fsync and fdatasync for an update."
         f"\n\n{table_of(head, body)}\n\n{_beside(rows)}"
     )
 

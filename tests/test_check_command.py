@@ -192,7 +192,7 @@ def test_a_device_whose_federation_breaks_a_pin_is_not_ready(tmp_path: Path) -> 
         invited, task="digits-numpy", data=None, partition="iid:0/8", hold_out=0, sums=SumPolicy(helpers=(bytes(32),))
     )
     with Outbox(home.folder, KeyId(bytes(8))) as outbox:
-        outbox.save(State(key=KeyId(bytes(8)), refusal="the helper is not in the terms"), (), {})
+        outbox.save(State(key=KeyId(bytes(8)), refusal="the helper is not in the terms"), None, {})
     code, out = run("--dir", home.folder, "--json")
     assert (code, [*json.loads(out)["problems"]]) == (
         2,

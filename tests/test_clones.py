@@ -202,7 +202,7 @@ def test_a_device_whose_connections_are_cut_short_guesses_at_another_of_its_name
 def test_the_mark_in_a_device_s_folder_is_of_its_present_key(tmp_path: Path) -> None:
     key = DEVICE_KEY.key_id
     with Outbox(tmp_path, key) as kept:
-        kept.save(State(key=key), (), {cloned_counter(key): 1})
+        kept.save(State(key=key), None, {cloned_counter(key): 1})
         assert outbox.summary(tmp_path).is_cloned
-        kept.save(State(key=KeyId(b"renewed!")), (), {})
+        kept.save(State(key=KeyId(b"renewed!")), None, {})
         assert not outbox.summary(tmp_path).is_cloned

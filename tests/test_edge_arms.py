@@ -118,7 +118,7 @@ def test_the_outbox_keeps_the_arm_of_the_outstanding_update_alone(tmp_path: Path
     key = Identity(b"k" * 32).key_id
     for kept, expected in ((update, 2), (replace(update, arm=None), None), (replace(update, arm=0), 0), (None, None)):
         with Outbox(tmp_path, key) as outbox:
-            outbox.save(replace(State(key=key), outstanding=kept), (), {})
+            outbox.save(replace(State(key=key), outstanding=kept), None, {})
         with Outbox(tmp_path, key) as outbox:
             found = outbox.state.outstanding
             assert (None if found is None else found.arm) == expected

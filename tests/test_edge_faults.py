@@ -154,7 +154,7 @@ def member(folder: Path, *, task: str, data: Path | None = None) -> DeviceDirect
     home.write(replace(settings, code=""))
     key = home.identity().key_id
     with Outbox(folder, key) as outbox:
-        outbox.save(State(key=key, enrolled=True), (), {})
+        outbox.save(State(key=key, enrolled=True), None, {})
     return home
 
 

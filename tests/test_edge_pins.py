@@ -104,7 +104,7 @@ def test_a_renewal_takes_no_pins_and_keeps_those_there_are(join: Callable[..., A
 def test_status_shows_what_is_pinned_and_why_there_is_no_update(tmp_path: Path) -> None:
     home = joined(tmp_path / "pi", SumPolicy(helpers=(ONE, TWO), roster="own"))
     with Outbox(home.folder, KeyId(bytes(8))) as outbox:
-        outbox.save(State(key=KeyId(bytes(8)), refusal="the helper is not in the terms"), (), {})
+        outbox.save(State(key=KeyId(bytes(8)), refusal="the helper is not in the terms"), None, {})
     shown = json.loads(CliRunner().invoke(cli.app, ["status", str(home.folder), "--json"]).output)
     assert shown["helpers"] == [ONE.hex(), TWO.hex()]
     assert (shown["private_min"], shown["private_roster"]) == (5, "own")
@@ -117,7 +117,7 @@ def test_status_shows_what_is_pinned_and_why_there_is_no_update(tmp_path: Path) 
 def test_status_of_another_device_shows_no_pins(tmp_path: Path) -> None:
     home = joined(tmp_path / "pi", None)
     with Outbox(home.folder, KeyId(bytes(8))) as outbox:
-        outbox.save(State(key=KeyId(bytes(8))), (), {})
+        outbox.save(State(key=KeyId(bytes(8))), None, {})
     shown = json.loads(CliRunner().invoke(cli.app, ["status", str(home.folder), "--json"]).output)
     assert {shown[name] for name in ("helpers", "private_min", "private_roster", "refusal")} == {None}
     assert "private" not in (home.folder / "edge.toml").read_text()

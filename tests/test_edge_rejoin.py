@@ -25,7 +25,7 @@ def test_a_device_that_saw_a_version_far_above_all_others_comes_back_by_rejoinin
     """Also without its outbox. Where that held the account of a privacy budget, its owner has to say so."""
     folder = joined(server, tmp_path, "pi", "--partition", "iid:0/2")
     with outbox.Outbox(folder, DeviceDirectory(folder).identity().key_id) as store:
-        store.save(replace(store.state, head_version=2**62, head_seq=2**62, answered_base=2**62), (), store.counters)
+        store.save(replace(store.state, head_version=2**62, head_seq=2**62, answered_base=2**62), None, store.counters)
     code, said = server.until_ended(edge("run", folder, "--timeout", 2))
     assert code == 1, said
     assert "run `ternbus edge rejoin`" in said

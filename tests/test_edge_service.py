@@ -79,8 +79,8 @@ class Recorder:
     def disconnect(self, flush_s: float) -> None:
         pass
 
-    def save(self, saved: State, answered: Iterable[AnsweredUpdate], counters: object, *, durable: bool = True) -> None:
-        self.saved.append((saved.head_seq, [each.seq for each in answered], durable))
+    def save(self, saved: State, answered: AnsweredUpdate | None, counters: object, *, durable: bool = True) -> None:
+        self.saved.append((saved.head_seq, [] if answered is None else [answered.seq], durable))
         then, self.saves_then = self.saves_then, lambda: None
         then()
 

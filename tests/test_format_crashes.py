@@ -182,4 +182,4 @@ def test_a_disk_without_room_for_what_a_device_saves_is_named(tmp_path: Path) ->
     with Outbox(folder, DeviceDirectory(folder).identity().key_id) as store:
         store._db.execute("PRAGMA max_page_count = 1")  # as large as it is
         with pytest.raises(StorageError, match=re.escape(f"{folder / outbox.FILE}: database or disk is full")):
-            store.save(store.state, (), {f"counter {number}": number for number in range(10_000)})
+            store.save(store.state, None, {f"counter {number}": number for number in range(10_000)})

@@ -389,7 +389,7 @@ def test_a_device_of_each_format_goes_on_with_what_it_had(name: str, tmp_path: P
         answered = AnsweredUpdate(
             seq=waiting["seq"], base=waiting["base"], outcome="accepted", version=5, key=state.key, digest=b"d" * 32
         )
-        store.save(state, [answered], store.counters)
+        store.save(state, answered, store.counters)
     newest, *others = outbox.answers(folder)
     assert newest == answered
     assert [(each.seq, each.base, each.outcome, each.version, each.digest.hex()) for each in others] == [
@@ -404,14 +404,14 @@ def test_a_store_has_its_format_once_it_was_opened_to_write(name: str, tmp_path:
     before = dump(folder / outbox.FILE)
     key = DeviceDirectory(folder).identity().key_id
     with Outbox(folder, key) as store:
-        store.save(store.state, (), store.counters)
+        store.save(store.state, None, store.counters)
     with closing(sqlite3.connect(folder / outbox.FILE)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (outbox_format.FORMAT,)
         names = {name for (name,) in db.execute("SELECT name FROM kept")}
         columns = {row[1] for row in db.execute("PRAGMA table_info(receipts)")}
     (tmp_path / "new").mkdir()
     with Outbox(tmp_path / "new", key) as fresh:
-        fresh.save(fresh.state, (), {})
+        fresh.save(fresh.state, None, {})
     with closing(sqlite3.connect(tmp_path / "new" / outbox.FILE)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (outbox_format.FORMAT,)
         assert names == {name for (name,) in db.execute("SELECT name FROM kept")}

@@ -290,7 +290,7 @@ sys.path[:0] = {paths!r}
 from support.growing_outbox import KEY, state_after
 from ternbus.edge.store.outbox import Outbox
 with Outbox(Path({folder!r}), KEY) as outbox:
-    outbox.save(state_after(outbox.state), (), {{}})
+    outbox.save(state_after(outbox.state), None, {{}})
 """
 
 
@@ -298,7 +298,7 @@ with Outbox(Path({folder!r}), KEY) as outbox:
 @pytest.mark.parametrize(("point", "kept"), [("state-written", False), ("", True)])
 def test_a_kill_leaves_both_the_update_and_the_local_tensors_or_neither(point: str, kept: bool, tmp_path: Path) -> None:
     with Outbox(tmp_path, KEY) as outbox:
-        outbox.save(state_after(outbox.state), (), {})
+        outbox.save(state_after(outbox.state), None, {})
     script = SAVE.format(paths=[path for path in sys.path if path], folder=str(tmp_path))
     environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     if point:
@@ -315,11 +315,11 @@ def test_an_outbox_without_local_tensors_has_no_row_of_them_and_one_that_loses_t
     tmp_path: Path,
 ) -> None:
     with Outbox(tmp_path, KEY) as outbox:
-        outbox.save(outbox.state, (), {})
+        outbox.save(outbox.state, None, {})
         assert outbox._db.execute("SELECT 1 FROM kept WHERE name = 'local'").fetchone() is None
-        outbox.save(replace(outbox.state, local=b"own"), (), {})
+        outbox.save(replace(outbox.state, local=b"own"), None, {})
         assert outboxes.summary(tmp_path).state.local == b"own"
-        outbox.save(replace(outbox.state, local=b""), (), {})
+        outbox.save(replace(outbox.state, local=b""), None, {})
     assert outboxes.summary(tmp_path).state.local == b""
 
 

@@ -205,7 +205,7 @@ def test_the_command_reads_the_device_s_folder(tmp_path: Path, capsys: pytest.Ca
     DeviceDirectory(folder).write(SETTINGS)
     with Outbox(folder, KEY) as store:
         for seq in range(2, 14):
-            store.save(seen(seq - 1), [answer(seq, seq - 2)], {})
+            store.save(seen(seq - 1), answer(seq, seq - 2), {})
 
     def verify(log: Path, *more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:

@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
     with Outbox(tmp_path, KEY) as outbox:
         for seq in range(2, 60):
             answered = AnsweredUpdate(seq=seq, base=seq, outcome="accepted", version=seq, key=KEY, digest=bytes(32))
-            outbox.save(STATE, [answered], {"updates.accepted": seq})
+            outbox.save(STATE, answered, {"updates.accepted": seq})
     return tmp_path
 
 
@@ -261,7 +261,7 @@ def test_a_save_that_changes_no_tensor_writes_no_tensor(folder: Path) -> None:
     with Outbox(folder, KEY) as outbox:
         statements: list[str] = []
         outbox._db.set_trace_callback(statements.append)
-        outbox.save(replace(outbox.state, head_seq=99), (), {})
+        outbox.save(replace(outbox.state, head_seq=99), None, {})
     assert [text.split("(")[0] for text in statements if text.startswith("REPLACE")] == ["REPLACE INTO kept "]
 
 

@@ -71,7 +71,7 @@ STATE = State(
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     with Outbox(tmp_path, OLD.key_id) as outbox:
-        outbox.save(STATE, (), {})
+        outbox.save(STATE, None, {})
     return tmp_path
 
 
@@ -96,14 +96,14 @@ def test_that_something_left_is_written_without_the_update(folder: Path) -> None
     with Outbox(folder, OLD.key_id) as outbox:
         statements: list[str] = []
         outbox._db.set_trace_callback(statements.append)
-        outbox.save(replace(outbox.state, left=6), (), {})
+        outbox.save(replace(outbox.state, left=6), None, {})
     assert [text.split("(")[0] for text in statements if text.startswith("REPLACE")] == ["REPLACE INTO kept "]
     assert opened(folder).left == 6
 
 
 def test_an_answered_update_leaves_nothing_on_disk(folder: Path) -> None:
     with Outbox(folder, OLD.key_id) as outbox:
-        outbox.save(replace(outbox.state, outstanding=None, refusal=""), (), {})
+        outbox.save(replace(outbox.state, outstanding=None, refusal=""), None, {})
     with closing(sqlite3.connect(folder / FILE)) as db:
         assert db.execute("SELECT count(*) FROM private").fetchone() == (0,)
     assert (opened(folder).outstanding, opened(folder).refusal) == (None, "")
@@ -127,7 +127,7 @@ def test_what_was_never_written_is_named(folder: Path, change: str, named: str) 
 
 def test_a_salvaged_update_keeps_its_seeds_and_counts_as_sent(folder: Path) -> None:
     with Outbox(folder, OLD.key_id) as outbox:
-        outbox.save(replace(outbox.state, left=-1), (), {})
+        outbox.save(replace(outbox.state, left=-1), None, {})
     with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as db:
         db.execute("UPDATE kept SET value = '9' WHERE name = 'left'")
     _, lost = outbox_salvage.salvage(folder, OLD.key_id, private=False)
@@ -161,7 +161,7 @@ def test_a_new_key_gets_the_same_seeds_and_the_pins_stay(folder: Path) -> None:
     renewal.write(settings)
     write_key(renewal.folder / "device.key", b"n" * 32)
     with Outbox(renewal.folder, NEW.key_id) as outbox:
-        outbox.save(State(key=NEW.key_id, enrolled=True, seq_limit=65), (), {})
+        outbox.save(State(key=NEW.key_id, enrolled=True, seq_limit=65), None, {})
     key_rotation.finish(home)
     assert home.settings() == settings
     found = opened(folder, NEW)

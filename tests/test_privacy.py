@@ -314,11 +314,11 @@ def test_the_account_and_its_update_survive_in_one_file(tmp_path: Path) -> None:
     born.handle(paid(work, residual=np.ones(work.schema.elements, np.float32)))
     assert born.disk is not None
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
-        store.save(born.disk, (), {})
+        store.save(born.disk, None, {})
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
         assert store.state.account == born.disk.account
         assert store.state.protected == "device"
-        store.save(replace(store.state, account=Account()), (), {})
+        store.save(replace(store.state, account=Account()), None, {})
     with Outbox(tmp_path, DEVICE_KEY.key_id) as store:
         assert store.state.account == Account()
 

@@ -64,14 +64,14 @@ def device(folder: Path, *, seal: bool = False, code: str = "", rejoin: str = ""
         outstanding=outstanding(seal=seal),
     )
     with Outbox(home.folder, OLD.key_id) as outbox:
-        outbox.save(state, (), {"updates.accepted": 3})
+        outbox.save(state, None, {"updates.accepted": 3})
     renewal = home.renewal()
     renewal.folder.mkdir()
     write_key(renewal.folder / KEY, NEW.seed)
     renewal.write(settings(broker="mqtt://127.0.0.1:2", task="another", code=code, rejoin=rejoin))
     write_secret(renewal.folder / CERTIFICATE, b"the new certificate")
     with Outbox(renewal.folder, NEW.key_id) as outbox:
-        outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2, receipt_seq=40), (), {})
+        outbox.save(State(key=NEW.key_id, enrolled=not code, seq_limit=66, session=2, receipt_seq=40), None, {})
     return home
 
 
@@ -117,7 +117,7 @@ def test_rejoining_drops_every_counter_that_another_could_have_raised(tmp_path: 
     spent = Account().plus(Cost(kind=DEVICE, noise=1.0, rate=1.0, steps=1))
     with Outbox(home.folder, OLD.key_id) as outbox:
         burnt = replace(outbox.state, head_version=2**62, head_seq=2**62, answered_base=2**62, account=spent)
-        outbox.save(burnt, (), outbox.counters)
+        outbox.save(burnt, None, outbox.counters)
     shutil.copytree(home.renewal().folder, tmp_path / "copy")
     for _ in range(2):
         key_rotation.finish(home)

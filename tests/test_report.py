@@ -11,7 +11,7 @@ import pytest
 
 from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.measurements import Measurements
-from ternbus.lab.report import progress, report
+from ternbus.lab.report import plots, progress, report
 from ternbus.lab.report.observation import Observation
 from ternbus.lab.scenario.scenario import Scenario
 
@@ -133,6 +133,20 @@ def test_the_plot_is_a_picture(summary: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert report.plot(summary, tmp_path / "report.png") is None
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_the_samples_of_many_devices_are_one_shape_for_each_class(classes: int, summary: dict[str, Any]) -> None:
+    """A shape for each device and class took a minute for ten thousand devices."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
+    rows = {f"device-{n}": {"samples": n, "classes": {str(c): n + c for c in range(classes)}} for n in range(500)}
+    axes = Figure().add_subplot()
+    plots.panels(summary | {"devices": rows}, "s")[-1](axes)
+    assert len(axes.patches) == max(1, classes)
+    last: Any = axes.patches[-1]
+    assert last.get_data().values[-1] == (sum(499 + number for number in range(classes)) if classes else 499)
 
 
 def test_without_matplotlib_one_line_says_so(

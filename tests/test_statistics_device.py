@@ -274,7 +274,7 @@ def test_the_outbox_keeps_answer_and_log(tmp_path: Path) -> None:
     known = Statistics(request=9, content=b"\x01", asked=(Asked(at=1.5, kinds="labels", outcome="answered"),))
     with Outbox(tmp_path, DEVICE_KEY.key_id) as outbox:
         assert outbox.state.statistics == Statistics()
-        outbox.save(replace(outbox.state, statistics=known), (), {})
+        outbox.save(replace(outbox.state, statistics=known), None, {})
     assert summary(tmp_path).state.statistics == known
     with Outbox(tmp_path, DEVICE_KEY.key_id) as outbox:
         assert outbox.state.statistics == known

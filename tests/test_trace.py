@@ -194,7 +194,7 @@ def test_the_device_s_command_reads_its_folder(tmp_path: Path, capsys: pytest.Ca
     about = {"broker": "mqtt://127.0.0.1:1", "aggregator_key": key, "task": "digits-numpy"}
     DeviceDirectory(folder).write(Settings(federation="lab", device="pi", **about))
     with Outbox(folder, KEY) as store:
-        store.save(State(key=KEY), [answer(5, 3)], {})
+        store.save(State(key=KEY), answer(5, 3), {})
 
     def said(seq: int, *more: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:

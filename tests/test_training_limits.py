@@ -89,7 +89,7 @@ def test_limits_are_kept_with_the_device_and_shown(tmp_path: Path) -> None:
     home = joined(tmp_path / "pi", TrainingLimits(seconds=90.0, steps=200))
     assert home.settings().limits == TrainingLimits(seconds=90.0, steps=200)
     with Outbox(home.folder, KeyId(bytes(8))) as outbox:
-        outbox.save(State(key=KeyId(bytes(8))), (), {})
+        outbox.save(State(key=KeyId(bytes(8))), None, {})
     shown = json.loads(CliRunner().invoke(cli.app, ["status", str(home.folder), "--json"]).output)
     assert (shown["max_seconds"], shown["max_steps"]) == (90.0, 200)
 

@@ -144,11 +144,11 @@ def test_refused_is_no_answer_to_an_update() -> None:
 def test_the_number_of_the_newest_receipt_is_on_disk_and_an_outbox_of_before_has_none(tmp_path: Path) -> None:
     key = DEVICE_KEY.key_id
     with outbox.Outbox(tmp_path, key) as kept:
-        kept.save(State(key=key, enrolled=True), (), {})
+        kept.save(State(key=key, enrolled=True), None, {})
         kept._db.execute("DELETE FROM kept WHERE name = 'receipt_seq'")  # as an earlier version leaves it
     with outbox.Outbox(tmp_path, key) as kept:
         assert kept.state.receipt_seq == 0
-        kept.save(replace(kept.state, receipt_seq=2**62), (), {})
+        kept.save(replace(kept.state, receipt_seq=2**62), None, {})
     assert outbox.summary(tmp_path).state.receipt_seq == 2**62
 
 

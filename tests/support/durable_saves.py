@@ -30,12 +30,12 @@ def an_update(seq: int = 7) -> OutstandingUpdate:
 WAITING = State(key=KEY, enrolled=True, outstanding=an_update(), residual=np.zeros(SCHEMA.elements, np.float32))
 ANSWERED = replace(WAITING, outstanding=None, answered_base=5, accepted=1)
 RECEIPT = AnsweredUpdate(seq=7, base=5, outcome="accepted", version=2, key=KEY, digest=bytes(32))
-SAVES: list[tuple[State, list[AnsweredUpdate], bool]] = [  # and whether it is durable
-    (replace(WAITING, head_version=1, head_seq=10, seq_limit=64), [], True),
-    (replace(WAITING, head_version=2, head_seq=11, seq_limit=64), [], False),
-    (replace(ANSWERED, head_version=2, head_seq=11, receipt_seq=12, seq_limit=64), [RECEIPT], False),
-    (replace(ANSWERED, head_version=3, head_seq=13, receipt_seq=12, seq_limit=64), [], False),
-    (replace(WAITING, head_version=3, head_seq=13, receipt_seq=12, seq_limit=64), [], True),
+SAVES: list[tuple[State, AnsweredUpdate | None, bool]] = [  # and whether it is durable
+    (replace(WAITING, head_version=1, head_seq=10, seq_limit=64), None, True),
+    (replace(WAITING, head_version=2, head_seq=11, seq_limit=64), None, False),
+    (replace(ANSWERED, head_version=2, head_seq=11, receipt_seq=12, seq_limit=64), RECEIPT, False),
+    (replace(ANSWERED, head_version=3, head_seq=13, receipt_seq=12, seq_limit=64), None, False),
+    (replace(WAITING, head_version=3, head_seq=13, receipt_seq=12, seq_limit=64), None, True),
 ]
 
 

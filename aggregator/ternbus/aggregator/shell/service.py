@@ -1,6 +1,5 @@
 """The running aggregator: it owns connection, ledger and clock, and performs the core's actions in order."""
 
-import gc
 import queue
 import sys
 import time
@@ -142,7 +141,6 @@ class Service:
                 event="started",
                 fields={"version": self._core.model.version, "broker": settings.broker},
             )
-            gc.freeze()  # what is loaded by now stays: no collection need look at it
             while not self._stopped:
                 self._turn()
         except BaseException:

@@ -80,39 +80,28 @@ def build(
     ProtocolError if the header is longer than `HEADER_BYTES_MAX`.
     """
     about: dict[str, Any] = {"federation": federation, "sender": sender, "kind": kind, "seq": seq, "meta": meta}
-    header = _header(identity, **about, digest=blake2b(body, digest_size=32).digest(), part=part, parts=parts)
+    header = _header(identity, about, digest=blake2b(body, digest_size=32).digest(), part=part, parts=parts)
     signature = identity.sign(SIGNED_PREFIX + header)
     return b"".join((MAGIC, struct.pack("<I", len(header)), header, signature, body))
 
 
 def envelope_bytes(identity: Identity, **about: Any) -> int:
     """The length of all but the body of a part, at most, of a message that is ``about`` this; as of `build`."""
-    header = _header(identity, **about, digest=bytes(32), part=PARTS_MAX - 1, parts=PARTS_MAX)
+    header = _header(identity, about, digest=bytes(32), part=PARTS_MAX - 1, parts=PARTS_MAX)
     return 8 + len(header) + SIGNATURE_BYTES
 
 
-def _header(
-    identity: Identity,
-    *,
-    federation: str,
-    sender: str,
-    kind: str,
-    seq: int,
-    meta: Mapping[str, Any],
-    digest: bytes,
-    part: int,
-    parts: int,
-) -> bytes:
+def _header(identity: Identity, about: Mapping[str, Any], *, digest: bytes, part: int, parts: int) -> bytes:
     header: bytes = msgpack.packb(
         {
-            "kind": kind,
-            "federation": federation,
-            "sender": sender,
+            "kind": about["kind"],
+            "federation": about["federation"],
+            "sender": about["sender"],
             "key": bytes(identity.key_id),
-            "seq": seq,
+            "seq": about["seq"],
             "part": [part, parts],
             "digest": digest,
-            "meta": dict(meta),
+            "meta": dict(about["meta"]),
         }
     )
     if len(header) > HEADER_BYTES_MAX:

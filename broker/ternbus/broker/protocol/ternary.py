@@ -31,8 +31,7 @@ CHUNK_BYTES: Final = 2**15  # of packed trits at a time: their 640 KiB of float3
 CHUNK: Final = 5 * CHUNK_BYTES
 
 Trits = npt.NDArray[np.int8]
-_compressors: "deque[zstandard.ZstdCompressor]" = deque(maxlen=4)  # unused: each serves one thread at a time
-_decompressors: "deque[zstandard.ZstdDecompressor]" = deque(maxlen=4)  # likewise
+_decompressors: "deque[zstandard.ZstdDecompressor]" = deque(maxlen=4)
 _POWERS: Final = np.array([1, 3, 9, 27, 81], dtype=np.uint8)
 # TRITS[b] has the five trits of byte b, t0 first
 TRITS: Final = ((np.arange(243)[:, None] // _POWERS) % 3 - 1).astype(np.int8)
@@ -191,15 +190,7 @@ def unpack(packed: bytes, count: int) -> Trits:
 
 def encode(content: bytes, encoding: str = ZSTD) -> bytes:
     """Encode the content for the wire: raw, or as one zstd frame with its content size."""
-    if encoding == RAW:
-        return content
-    try:
-        compressor = _compressors.pop()
-    except IndexError:
-        compressor = zstandard.ZstdCompressor(level=1)
-    encoded = compressor.compress(content)
-    _compressors.append(compressor)
-    return encoded
+    return content if encoding == RAW else zstandard.ZstdCompressor(level=1).compress(content)
 
 
 def decode(encoded: bytes, encoding: str, size: int) -> bytes:

@@ -17,7 +17,8 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 class Save:
     """Write the state to stable storage in one transaction, with the receipt that caused the write, if any.
 
-    Where it is not ``durable``, it may be put off for a second, and be lost: the next durable write includes it.
+    Where it is not ``durable``, it need not outlive a cut of the power: the next durable write includes it. Without a
+    receipt it may be put off for a second.
     """
 
     state: State

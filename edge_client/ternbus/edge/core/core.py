@@ -69,7 +69,8 @@ class Core:
         self._foreign_numbers = ForeignNumbers(profile=profile, pending=self.pending)
         self._wait_timer = WaitTimer(timeout_s=profile.timeout_s)
         self._resubscribe = Resubscribe()
-        self._online = self._connecting = self._leaving = self.stopped = False  # online, or about to be
+        self._online = self._connecting = False  # whether there is a connection, or one is being made
+        self._leaving = self.stopped = False
         self._accepted, self._logged_head_state = 0, ""  # updates since this process began; and what the log said last
         self._schema_check = SchemaCheck(profile=profile, pending=self.pending)
         self._taken: list[Action] = []  # that follow from events, and that `proceed` returns
@@ -208,9 +209,8 @@ class Core:
         self.uplink.connected(frame_bytes, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
         filters = subscriptions(self.profile.federation, self.profile.device, private=self.profile.is_private)
-        metrics = self.evaluation.unacknowledged.values()
         asked = [*self.follower.reconnected(now), *self.terms.reconnected(now)]
-        return [log, Subscribe(filters=filters), *self._status(), *asked, *metrics]
+        return [log, Subscribe(filters=filters), *self._status(), *asked, *self.evaluation.unacknowledged.values()]
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""

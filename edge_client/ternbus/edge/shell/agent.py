@@ -1,6 +1,5 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
-import gc
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -238,7 +237,6 @@ def _serve(
             min_seconds=options.min_seconds,
             personal=Path(options.out) if options.out else home.folder / PERSONAL,
         )
-        gc.freeze()  # what is loaded by now stays: no collection need look at it
         with signals_stop(service.request_stop, EXIT_FAILED if role == "join" else EXIT_DONE):
             stop = service.run()
         ended = service.stop_training()

@@ -113,7 +113,7 @@ def finish(home: DeviceDirectory) -> None:
                 state = numbered(outbox.state.rejoined(identity.key_id), enrolled)
             else:
                 state = inherited(outbox.state, enrolled, settings, identity)
-            outbox.save(state, (), outbox.counters)
+            outbox.save(state, None, outbox.counters)
     reached("rotation-saved")
     for name in FILES:
         if (renewal.folder / name).exists():

@@ -77,7 +77,6 @@ class Service:
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
         self._following: _Happened | None = None  # taken out of the queue already
-        self._answered: list[AnsweredUpdate] = []  # not saved yet
         self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
         self._protocol = 5
         self._stop: Stop | None = None
@@ -193,11 +192,11 @@ class Service:
         for action in actions:
             self._perform(action)
 
-    def _save(self, *, durable: bool = True) -> None:
-        """Save the core's state, and all that was put off."""
+    def _save(self, answered: AnsweredUpdate | None = None, *, durable: bool = True) -> None:
+        """Save the core's state, with all that was put off."""
         reached("save")
-        self._outbox.save(self._core.state, self._answered, self._counters, durable=durable)
-        self._answered, self._save_due_s = [], None
+        self._outbox.save(self._core.state, answered, self._counters, durable=durable)
+        self._save_due_s = None
         reached("saved")
 
     def _perform(self, action: Action) -> None:
@@ -205,10 +204,8 @@ class Service:
             case Save():
                 if action.answered is not None:
                     self._counters[f"updates.{action.answered.outcome}"] += 1
-                    self._answered.append(action.answered)
-                # after a kill in a federation that closes, the device would drop an update that was merged
                 if action.durable or action.answered is not None:
-                    self._save(durable=action.durable)
+                    self._save(action.answered, durable=action.durable)
                 elif self._save_due_s is None:
                     self._save_due_s = time.monotonic() + SAVE_WITHIN_S
             case Connect():

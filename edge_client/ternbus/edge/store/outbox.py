@@ -6,7 +6,7 @@ It converts a `State` into rows and back. A second process can read the file at 
 import json
 import shlex
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,7 +94,7 @@ class Outbox:
         self._db.close()
 
     def save(
-        self, state: State, answered: Iterable[AnsweredUpdate], counters: Mapping[str, int], *, durable: bool = True
+        self, state: State, answered: AnsweredUpdate | None, counters: Mapping[str, int], *, durable: bool = True
     ) -> None:
         """Save everything in one transaction. Only changed values are written.
 
@@ -112,8 +112,8 @@ class Outbox:
                 self._save_outstanding(state.outstanding)
             if before is None or _private(state) is not _private(before):
                 self._save_private(_private(state))
-            for each in answered:
-                self._save_answered(each)
+            if answered is not None:
+                self._save_answered(answered)
             for row in counters.items() - self.counters.items():
                 insert(self._db, "counters", row)
             reached("state-written")

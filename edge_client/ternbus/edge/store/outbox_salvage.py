@@ -61,7 +61,7 @@ def salvage(folder: Path, key: KeyId, *, private: bool, account_lost: bool = Fal
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(mode=0o700)
     with Outbox(fresh, key) as outbox:
-        outbox.save(state, (), counters)
+        outbox.save(state, None, counters)
     files.sync(fresh)
     leaving.mkdir(mode=0o700, exist_ok=True)
     for name in (FILE, f"{FILE}-wal", f"{FILE}-shm"):

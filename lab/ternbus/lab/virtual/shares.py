@@ -4,7 +4,7 @@ A step of several models at once costs a little more for each of them, and more 
 more steps than the others would have a stack of one in the end: the stack is quicker without it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 # The time of a step of small models, where that of one alone is 1. Processors differ: these lie between two of them.
@@ -21,16 +21,19 @@ def shares(steps: Sequence[int], most: int, processes: int) -> list[Share]:
     The first share, of a process that has other work beside it, takes the least time of those that are not empty.
     """
     order = sorted(range(len(steps)), key=lambda number: -steps[number])
-    found: tuple[float, list[Share]] | None = None
-    for alone in range(min(len(order), 2 * processes) + 1):
-        rest = order[alone:]
-        for stacks in range(max(1, -(-len(rest) // most)), max(processes, -(-len(rest) // most)) + 1):
-            groups = [rest[place::stacks] for place in range(stacks)] + [[number] for number in order[:alone]]
-            longest, candidate = _spread([each for each in groups if each], steps, processes)
-            if found is None or longest < found[0]:
-                found = longest, candidate
-    assert found is not None  # noqa: S101 - the loops have a first round
-    return found[1]
+    candidates = (
+        _spread([*([number] for number in order[:alone]), *stacks], steps, processes)
+        for alone in range(min(len(order), 2 * processes) + 1)
+        for stacks in _stacked(order[alone:], most, processes)
+    )
+    return min(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _stacked(order: Sequence[int], most: int, processes: int) -> Iterator[list[list[int]]]:
+    """The ways to make stacks of these, of equal sizes: one for each process at most, if ``most`` are enough."""
+    least = -(-len(order) // most)
+    for count in range(max(1, least), max(processes, least) + 1):
+        yield [list(order[place::count]) for place in range(min(count, len(order)))]
 
 
 def _spread(groups: Sequence[list[int]], steps: Sequence[int], processes: int) -> tuple[float, list[Share]]:

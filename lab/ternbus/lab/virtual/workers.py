@@ -34,10 +34,7 @@ Result = TypeVar("Result")
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES: Final = 2**30
-MAPPED_BYTES: Final = (
-    2**30,
-    2**25,
-)  # from here on glibc maps memory for a piece; older ones take no more than the second
+MAPPED_BYTES: Final = (2**30, 2**25)  # glibc maps memory for a larger piece; old ones take no more than the second
 
 
 class Processes:
