@@ -54,12 +54,11 @@ def test_the_data_are_read_once_for_all_devices() -> None:
 
 
 def test_who_is_narrow_or_hostile_is_drawn_once_for_all_devices() -> None:
-    task, wanted = digits_numpy.TASK, replace(MANY, narrow=Narrow(share=0.5))
-    widths, behaviours = Scenario.widths.fget, Scenario.behaviours.fget  # type: ignore[attr-defined]  # properties
+    wanted = replace(MANY, narrow=Narrow(share=0.5))
+    widths, behaviours = Scenario.widths.func, Scenario.behaviours.func
     with calls(widths, behaviours) as counted:
-        pairs(wanted, task, task.initial(0))
-    assert counted[widths.__code__] == 1
-    assert counted[behaviours.__code__] == 2  # one by the widths
+        Simulation(wanted, digits_numpy.TASK, Lines(io.StringIO()))
+    assert counted == {widths.__code__: 1, behaviours.__code__: 1}
 
 
 def test_devices_on_a_version_share_its_vector() -> None:

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -147,7 +148,7 @@ class Narrow:
         check_width(self.width)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """The scenario of one lab run. The defaults are those of `ternbus lab run` without a file."""
 
@@ -207,14 +208,14 @@ class Scenario:
         if sum(self._counts()) > self.devices:
             raise ConfigError("[[hostile]] the sum of the shares is above 1: lower share")
 
-    @property
+    @cached_property  # it is asked for once for each device
     def behaviours(self) -> Mapping[int, Behaviour]:
         """The behaviour of each hostile device, by number."""
         order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - reproducible on purpose
         kinds = [each.behaviour for each, count in zip(self.hostile, self._counts(), strict=True) for _ in range(count)]
         return dict(sorted(zip(order, kinds, strict=False)))
 
-    @property
+    @cached_property
     def widths(self) -> tuple[float, ...]:
         """The width of each device's sub-network; 1 is the whole model, which hostile devices always train."""
         count = round(self.narrow.share * self.devices)
