@@ -55,7 +55,7 @@ def test_the_data_are_read_once_for_all_devices() -> None:
 
 def test_who_is_narrow_or_hostile_is_drawn_once_for_all_devices() -> None:
     wanted = replace(MANY, narrow=Narrow(share=0.5))
-    widths, behaviours = Scenario.widths.func, Scenario.behaviours.func
+    widths, behaviours = Scenario.widths.func, Scenario.behaviours.func  # type: ignore[attr-defined]  # cached
     with calls(widths, behaviours) as counted:
         Simulation(wanted, digits_numpy.TASK, Lines(io.StringIO()))
     assert counted == {widths.__code__: 1, behaviours.__code__: 1}
