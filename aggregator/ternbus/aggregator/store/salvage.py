@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,9 +127,9 @@ def _rows(db: sqlite3.Connection, table: str, lost: list[str]) -> list[Row]:
     found: dict[Row, Row] = {}
     unread = False
     for direction in ("ASC", "DESC"):
-        key = ", ".join(f"{number} {direction}" for number in range(1, size + 1))
         try:
-            rows = db.execute(f"SELECT {columns} FROM {table} NOT INDEXED ORDER BY {key}")  # noqa: S608 - our own names
+            order = ", ".join(f"{each} {direction}" for each in _order(db, table, size))
+            rows = db.execute(f"SELECT {columns} FROM {table} NOT INDEXED ORDER BY {order}")  # noqa: S608 - our own names
             while (row := rows.fetchone()) is not None:
                 if checksum(*row[: len(COLUMNS[table])]) == row[-1]:
                     found[row[:size]] = row[:-1]
@@ -142,6 +142,15 @@ def _rows(db: sqlite3.Connection, table: str, lost: list[str]) -> list[Row]:
                 lost.append(f"rows of {table} ({checksums.shown([error])})")
             unread = True
     return [found[key] for key in sorted(found)] if table != "metrics" else list(found.values())
+
+
+def _order(db: sqlite3.Connection, table: str, size: int) -> Sequence[str]:
+    """The order in which a table lies in the file; another one is sorted first, and a sort needs every row."""
+    try:
+        db.execute(f"SELECT rowid FROM {table} LIMIT 0")  # noqa: S608 - our own names
+    except sqlite3.OperationalError:  # the table is WITHOUT ROWID
+        return [str(number) for number in range(1, size + 1)]
+    return ["rowid"]
 
 
 def _log(
