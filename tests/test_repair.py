@@ -221,6 +221,15 @@ def test_a_snapshot_as_it_was_published_helps_where_all_on_disk_are_lost(whole: 
     goes_on(home, whole.devices)
 
 
+@pytest.mark.parametrize("kind", ["head", "snapshot/_/0"])
+def test_what_devices_begin_with_is_made_anew_where_the_ledger_lost_it(whole: World, home: Path, kind: str) -> None:
+    execute(home, f"DELETE FROM frames WHERE topic LIKE '%/all/{kind}'")
+    with pytest.raises(CorruptError, match=r"the retained message of .* is lost; run `ternbus aggregator check"):
+        Bench(home)
+    assert repair(home).version == 6 + RESTORE_LEAP
+    goes_on(home, whole.devices)
+
+
 def test_a_folder_that_a_process_serves_is_not_repaired(home: Path) -> None:
     held = files.lock(home / control.LOCK)
     assert held is not None

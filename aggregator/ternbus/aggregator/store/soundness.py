@@ -1,5 +1,6 @@
 """The check that a ledger holds what was written to it: the rows that a start reads, or all."""
 
+import json
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ def check_start(ledger: Ledger, settings: Settings, public: bytes) -> None:
     entry = audit.take(last)
     if entry is None or entry.version != ledger.version:
         raise ledger.corrupt(f"the log's entry of version {ledger.version} is not as it was written")
+    for topic in _lost_frames(ledger):
+        raise ledger.corrupt(f"the retained message of {topic} is lost")
 
 
 def faults(ledger: Ledger, public: bytes) -> Iterator[str]:
@@ -160,8 +163,18 @@ def _short(error: CorruptError, directory: Path) -> str:
     return str(error).removesuffix(f"; {remedy(directory)}")
 
 
+def _lost_frames(ledger: Ledger) -> Iterator[str]:
+    """The topics of head and newest snapshot, with which every device begins, that have no frame."""
+    federation, (_, parts, _, place) = ledger.fact("federation"), json.loads(ledger.fact("snapshot"))
+    named = [topics.head(federation), *(topics.snapshot(federation, place, part) for part in range(parts))]
+    for topic in named:
+        if ledger.db.execute("SELECT 1 FROM frames WHERE topic = ?", (topic,)).fetchone() is None:
+            yield topic
+
+
 def _frames(ledger: Ledger, public: bytes) -> Iterator[str]:
     """Each is signed, and lies where its header says."""
+    yield from (f"the retained message of {topic} is lost" for topic in _lost_frames(ledger))
     for topic, payload in ledger.db.execute("SELECT topic, payload FROM frames ORDER BY topic"):
         try:
             frame = parse(payload)
