@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import IO, Any, Final, Protocol
 
 from ternbus.broker.log_levels import ERROR, INFO, PRIORITIES, WARNING
@@ -41,7 +42,12 @@ def log_line(
     shown = printable(text, keep="\n")
     if journal:
         return f"<{PRIORITIES[level]}>{shown}"
-    return f"{datetime.now().astimezone().isoformat(timespec='seconds')} {level:7} {shown}"
+    return f"{_local_time(int(time.time()))} {level:7} {shown}"
+
+
+@lru_cache(maxsize=1)  # the system is asked for its time zone once a second, not once a line
+def _local_time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat()
 
 
 class WriteLog(Protocol):
