@@ -143,6 +143,14 @@ LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
         "facts seq",
     ),
     "the session": (lambda home: execute(home, "DELETE FROM facts WHERE name = 'session'"), "session"),
+    "the parts of the snapshot": (
+        lambda home: execute(home, "UPDATE facts SET value = '[6, 3000000000, 1, 0]' WHERE name = 'snapshot'"),
+        "facts snapshot",
+    ),
+    "the place of the snapshot": (
+        lambda home: execute(home, f"UPDATE facts SET value = '{'[' * 5000}' WHERE name = 'snapshot'"),
+        "facts snapshot",
+    ),
     "the log": (lambda home: execute(home, "UPDATE log SET entry = x'00' WHERE version = 2"), "the log of merges"),
     "the body that waits": (
         lambda home: flip(newest_bodies(home), newest_bodies(home).stat().st_size - 9),

@@ -49,21 +49,37 @@ def read(folder: Path, scratch: str) -> Salvaged:
     return salvage(folder, folder / scratch, PUBLIC)
 
 
-@pytest.mark.parametrize("table", ["devices", "invitations", "keys", "updates"])
-def test_rows_on_other_pages_are_read(table: str, tmp_path: Path) -> None:
-    path = tmp_path / LEDGER
+def make(path: Path, table: str) -> None:
+    """A ledger with many rows in one table, all in its file."""
     Ledger.create(path, {}).close()
     with closing(sqlite3.connect(path)) as db:
         for number in range(ROWS):
             checksums.insert(db, table, row_of(table, number))
         db.commit()
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@pytest.mark.parametrize("table", ["devices", "invitations", "keys", "updates"])
+def test_rows_on_other_pages_are_read(table: str, tmp_path: Path) -> None:
+    make(tmp_path / LEDGER, table)
     before = {row[0] for row in read(tmp_path, "before").rows[table]}
     mark = key_of(ROWS // 2)
-    damage(path, mark.hex().encode() if table == "invitations" else mark)
+    damage(tmp_path / LEDGER, mark.hex().encode() if table == "invitations" else mark)
     found = read(tmp_path, "after")
     after = {row[0] for row in found.rows[table]}
     assert len(before) == ROWS
     assert after < before
     assert len(after) > 0.9 * ROWS
     assert any(f"rows of {table}" in each for each in found.lost)
+
+
+@pytest.mark.parametrize("table", ["devices", "keys"])
+def test_rows_between_two_damaged_names_are_read(table: str, tmp_path: Path) -> None:
+    make(tmp_path / LEDGER, table)
+    content = bytearray((tmp_path / LEDGER).read_bytes())
+    for number in (10, ROWS - 40):
+        content[content.index(name_of(number).encode() + key_of(number)[:8])] ^= 0x80  # no UTF-8 any more
+    (tmp_path / LEDGER).write_bytes(content)
+    found = read(tmp_path, "scratch")
+    assert len(found.rows[table]) == ROWS - 2
+    assert len([each for each in found.lost if each.startswith(table)]) == 2

@@ -100,7 +100,7 @@ def damaged(
 ) -> Iterator[str]:
     """The rows that do not have their checksum, in words; sqlite3.Error where the table cannot be read to its end."""
     columns = ", ".join(COLUMNS[table])
-    before, db.text_factory = db.text_factory, _as_it_is
+    before, db.text_factory = db.text_factory, as_it_is
     try:
         rows = db.execute(f"SELECT {columns}, crc FROM {table} WHERE {where}", parameters)  # noqa: S608 - our own names
         found = set()
@@ -121,5 +121,6 @@ def shown(key: Sequence[Any]) -> str:
     return " ".join(map(printable, parts))
 
 
-def _as_it_is(text: bytes) -> str:
+def as_it_is(text: bytes) -> str:
+    """A ``text_factory`` that reads any text; SQLite's own ends a reading at one that is not UTF-8."""
     return text.decode("utf-8", "surrogateescape")

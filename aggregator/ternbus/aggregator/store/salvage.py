@@ -87,6 +87,7 @@ def salvage(directory: Path, scratch: Path, public: bytes) -> Salvaged:
     try:
         _mend_definitions(scratch / LEDGER)
         with closing(sqlite3.connect(scratch / LEDGER, isolation_level=None)) as db:
+            db.text_factory = checksums.as_it_is
             db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             lost: list[str] = []
             rows = {table: _rows(db, table, lost) for table in COLUMNS}

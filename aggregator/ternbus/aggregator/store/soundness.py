@@ -5,7 +5,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -54,8 +54,8 @@ def check_start(ledger: Ledger, settings: Settings, public: bytes) -> None:
     entry = audit.take(last)
     if entry is None or entry.version != ledger.version:
         raise ledger.corrupt(f"the log's entry of version {ledger.version} is not as it was written")
-    for topic in _lost_frames(ledger):
-        raise ledger.corrupt(f"the retained message of {topic} is lost")
+    for fault in _lost_frames(ledger):
+        raise ledger.corrupt(fault)
 
 
 def faults(ledger: Ledger, public: bytes) -> Iterator[str]:
@@ -100,7 +100,7 @@ def _reading(what: str, found: Iterator[str]) -> Iterator[str]:
     """Faults as they are found; what cannot be read to its end is one more."""
     try:
         yield from islice(found, FAULTS_MAX)
-    except (sqlite3.Error, UnicodeError, ValueError, TypeError) as error:
+    except (sqlite3.Error, UnicodeError, ValueError, TypeError, RecursionError) as error:
         yield f"{what} cannot be read: {checksums.shown([error])}"
 
 
@@ -166,15 +166,13 @@ def _short(error: CorruptError, directory: Path) -> str:
 def _lost_frames(ledger: Ledger) -> Iterator[str]:
     """The topics of head and newest snapshot, with which every device begins, that have no frame."""
     federation, (_, parts, _, place) = ledger.fact("federation"), json.loads(ledger.fact("snapshot"))
-    named = [topics.head(federation), *(topics.snapshot(federation, place, part) for part in range(parts))]
-    for topic in named:
+    for topic in chain([topics.head(federation)], (topics.snapshot(federation, place, part) for part in range(parts))):
         if ledger.db.execute("SELECT 1 FROM frames WHERE topic = ?", (topic,)).fetchone() is None:
-            yield topic
+            yield f"the retained message of {checksums.shown([topic])} is lost"
 
 
 def _frames(ledger: Ledger, public: bytes) -> Iterator[str]:
-    """Each is signed, and lies where its header says."""
-    yield from (f"the retained message of {topic} is lost" for topic in _lost_frames(ledger))
+    """Each is signed, and lies where its header says; none is lost with which a device begins."""
     for topic, payload in ledger.db.execute("SELECT topic, payload FROM frames ORDER BY topic"):
         try:
             frame = parse(payload)
@@ -182,3 +180,4 @@ def _frames(ledger: Ledger, public: bytes) -> Iterator[str]:
             frame.check_authentic(public)
         except ProtocolError as error:
             yield f"the retained message of {checksums.shown([topic])} is not as it was written: {error}"
+    yield from _lost_frames(ledger)

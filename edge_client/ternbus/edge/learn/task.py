@@ -49,10 +49,12 @@ class Trained:
 
 def _is_finite(tensor: FloatArray) -> bool:
     """Whether no element is a NaN or an infinity; unlike isfinite(), without a second array of this size."""
+    is_usual = tensor.dtype == np.float32 and tensor.flags.c_contiguous
     with np.errstate(over="ignore", invalid="ignore"):
-        # a NaN or an infinity makes the sum one; sum() would take twice as long, for exactness that is not needed here
-        if math.isfinite(np.einsum("i->", np.ravel(tensor))):
-            return True
+        # einsum takes half of the time of sum(), but not every type, and no other layout without a copy
+        total = np.einsum("i->", tensor.ravel()) if is_usual else tensor.sum()
+    if math.isfinite(total):  # a NaN or an infinity makes the sum one
+        return True
     return math.isfinite(tensor.min()) and math.isfinite(tensor.max())  # the sum of finite ones may have no room
 
 
