@@ -31,6 +31,7 @@ def row_of(table: str, number: int) -> tuple[object, ...]:
     return {
         "devices": (name, key, bytes(64), "enrolled", 1.0, None, "", "", 0, "", None, 0, "train"),
         "invitations": (name, key.hex(), 1.0, 2.0, "train"),
+        "helpers": (name, key, bytes(64), b"", -1, "", "", None, None, "", 1.0, 2.0),
         "keys": (name, key[:8], key, "current", 1, "", "", 1, 0),
         "updates": (number + 1, name, key[:8], 1, 1, key, 0, 1, 1.0, "ternary/1", "raw", *[None] * 3, 1.0, *[None] * 3),
     }[table]
@@ -59,7 +60,7 @@ def make(path: Path, table: str) -> None:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
-@pytest.mark.parametrize("table", ["devices", "invitations", "keys", "updates"])
+@pytest.mark.parametrize("table", ["devices", "helpers", "invitations", "keys", "updates"])
 def test_rows_on_other_pages_are_read(table: str, tmp_path: Path) -> None:
     make(tmp_path / LEDGER, table)
     before = {row[0] for row in read(tmp_path, "before").rows[table]}

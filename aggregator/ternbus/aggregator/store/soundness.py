@@ -54,7 +54,7 @@ def check_start(ledger: Ledger, settings: Settings, public: bytes) -> None:
     entry = audit.take(last)
     if entry is None or entry.version != ledger.version:
         raise ledger.corrupt(f"the log's entry of version {ledger.version} is not as it was written")
-    for fault in _lost_frames(ledger):
+    if (fault := next(_lost_frames(ledger), None)) is not None:
         raise ledger.corrupt(fault)
 
 
@@ -164,7 +164,7 @@ def _short(error: CorruptError, directory: Path) -> str:
 
 
 def _lost_frames(ledger: Ledger) -> Iterator[str]:
-    """The topics of head and newest snapshot, with which every device begins, that have no frame."""
+    """The frames of head and newest snapshot, with which every device begins, that are not there."""
     federation, (_, parts, _, place) = ledger.fact("federation"), json.loads(ledger.fact("snapshot"))
     for topic in chain([topics.head(federation)], (topics.snapshot(federation, place, part) for part in range(parts))):
         if ledger.db.execute("SELECT 1 FROM frames WHERE topic = ?", (topic,)).fetchone() is None:
@@ -172,7 +172,7 @@ def _lost_frames(ledger: Ledger) -> Iterator[str]:
 
 
 def _frames(ledger: Ledger, public: bytes) -> Iterator[str]:
-    """Each is signed, and lies where its header says; none is lost with which a device begins."""
+    """Each is signed, and lies where its header says; those with which a device begins are there."""
     for topic, payload in ledger.db.execute("SELECT topic, payload FROM frames ORDER BY topic"):
         try:
             frame = parse(payload)

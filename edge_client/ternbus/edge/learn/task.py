@@ -51,7 +51,7 @@ def _is_finite(tensor: FloatArray) -> bool:
     """Whether no element is a NaN or an infinity; unlike isfinite(), without a second array of this size."""
     is_usual = tensor.dtype == np.float32 and tensor.flags.c_contiguous
     with np.errstate(over="ignore", invalid="ignore"):
-        # einsum takes half of the time of sum(), but not every type, and no other layout without a copy
+        # einsum is quicker than sum(), but does not take every type, and copies what has another layout
         total = np.einsum("i->", tensor.ravel()) if is_usual else tensor.sum()
     if math.isfinite(total):  # a NaN or an infinity makes the sum one
         return True

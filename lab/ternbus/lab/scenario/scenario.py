@@ -208,7 +208,7 @@ class Scenario:
         if sum(self._counts()) > self.devices:
             raise ConfigError("[[hostile]] the sum of the shares is above 1: lower share")
 
-    @cached_property  # it is asked for once for each device
+    @cached_property  # asked for once for each device; a class with slots has no place for it
     def behaviours(self) -> Mapping[int, Behaviour]:
         """The behaviour of each hostile device, by number."""
         order = random.Random(f"{self.seed}/hostile").sample(range(self.devices), self.devices)  # noqa: S311 - reproducible on purpose
