@@ -22,6 +22,7 @@ from support.scripted_aggregator import FEDERATION, Message, ScriptedAggregator
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartTraining, Stop
@@ -178,10 +179,14 @@ def test_paused_begins_no_training() -> None:
 
 
 def test_closed_forgets_what_is_outstanding_and_ends_the_device() -> None:
-    scripted, device, _ = sending()
+    scripted, device, frame = sending()
     scripted.state = "closed"
     done = device.arrive(scripted.head())
-    assert only(done, Save).state.outstanding is None
+    saved = only(done, Save)
+    assert saved.state.outstanding is None
+    assert saved.answered is not None  # a receipt may have been lost
+    assert (saved.answered.seq, saved.answered.outcome) == (frame.seq, "unanswered")
+    assert saved.answered.digest == message_digest([frame.header])
     assert only(done, Stop).code == 0
     assert published(done, "status")[-1].meta["state"] == "offline"
     fresh = connected()

@@ -13,7 +13,7 @@ import pytest
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.merge_log import FIRST, UNKNOWN_DIGEST, Contribution, Entry, Signed, unpack_all
 from ternbus.command import main
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
+from ternbus.edge.core.state import RENUMBERED, UNANSWERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.shell import log_check
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.shell.log_check import LogCheck
@@ -167,13 +167,14 @@ def test_a_receipt_that_kept_no_digest_says_less(tmp_path: Path) -> None:
 
 
 def test_an_update_whose_receipt_was_lost_is_known(tmp_path: Path) -> None:
-    """It has no answer yet; or it was given another number, which was answered ``duplicate``."""
+    """It has no answer yet; or it was given another number, which was answered ``duplicate``; or it was given up."""
     log = log_of(tmp_path, [ours(5)])
     waiting = OutstandingUpdate(
         seq=5, base=0, samples=1, metrics={}, codec="float32", encoding="raw", encoded=b"body", frame_bytes=9000
     )
     assert check(log, [], seen(outstanding=waiting)).faults == []
     assert check(log, [answer(5, 0, RENUMBERED), answer(8, 1, "duplicate")]).faults == []
+    assert check(log, [answer(5, 0, UNANSWERED)]).faults == []
     assert len(check(log, [answer(5, 0, RENUMBERED, digest=bytes(32))]).faults) == 1
     assert len(check(log, []).faults) == 1
 

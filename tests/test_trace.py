@@ -17,7 +17,7 @@ from ternbus.aggregator.store import tracing
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.command import main
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, State
+from ternbus.edge.core.state import RENUMBERED, UNANSWERED, AnsweredUpdate, OutstandingUpdate, State
 from ternbus.edge.shell import update_trace
 from ternbus.edge.shell.directory import DeviceDirectory, Settings
 from ternbus.edge.store.outbox import Outbox
@@ -181,6 +181,8 @@ def test_a_device_knows_what_is_outstanding_and_what_was_sent_with_another_numbe
     assert found.sentence().endswith("was trained on version 7; it has no receipt yet")
     (found,) = update_trace.find(state, [answer(11, 7, RENUMBERED)], 11)
     assert found.sentence().endswith("it was sent again with another number, 12")
+    (found,) = update_trace.find(State(key=KEY), [answer(11, 7, UNANSWERED)], 11)
+    assert "it had no receipt when the federation was closed" in found.sentence()
     (found,) = update_trace.find(State(key=KEY), [answer(14, 7), answer(11, 7, RENUMBERED)], 11)
     assert found.renumbered == 14
     (found,) = update_trace.find(State(key=KEY), [answer(11, 7, RENUMBERED)], 11)

@@ -337,7 +337,7 @@ class Core:
         if not self.fine_tuning.done or self.evaluation.unacknowledged:
             return [*last]
         if self.state.outstanding is not None and self.profile.role != "export":
-            self.pending.put(replace(self.state, outstanding=None))
+            self.uplink.give_up(self.state.outstanding)
         return [*last, *self._stop(EXIT_DONE, reason)]
 
     def _begin_training(self, now: float) -> list[Action]:

@@ -17,7 +17,10 @@ FIRST_SEQ = 2  # 1 is the enrollment's, whose frame must be the same each time
 
 OLD_HEAD = "old-head"  # the reason to drop a head below one that was accepted
 TOO_MANY = "its owner allows no more requests a day than "  # begins a refusal
-RENUMBERED = "renumbered"  # instead of an outcome: the update was sent again with another number
+# Instead of an outcome, which no receipt has told:
+RENUMBERED = "renumbered"  # the update was sent again with another number
+UNANSWERED = "unanswered"  # the update was given up, as the federation is closed
+UNTOLD: Final = (RENUMBERED, UNANSWERED)
 
 HEARD: Final = frozenset({"head_version", "head_seq", "head_digest", "receipt_seq"})  # of a `State`, by a message
 ANSWERED: Final = frozenset({"outstanding", "residual", "answered_base", "accepted"})  # likewise, by a receipt
@@ -110,7 +113,7 @@ def sealed(update: OutstandingUpdate, key: KeyId, seal: Seal, body: bytes | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweredUpdate:
-    """The stored receipt of an update; or, with the outcome "renumbered", that it was sent with another number."""
+    """The stored receipt of an update; or, with an outcome of ``UNTOLD``, what became of it without one."""
 
     seq: int
     base: int

@@ -21,7 +21,7 @@ from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.receipts import after_receipt, counter_is_behind, describe, fate, is_out, settled
 from ternbus.edge.core.resend import Resend
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
+from ternbus.edge.core.state import RENUMBERED, UNANSWERED, AnsweredUpdate, OutstandingUpdate, prepare, sealed
 from ternbus.edge.learn.sum_content import SumContent
 from ternbus.edge.plan.plan import NO_DP
 from ternbus.edge.plan.privacy import privacy_metrics
@@ -142,6 +142,11 @@ class Uplink:
         )
         return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
 
+    def give_up(self, update: OutstandingUpdate) -> None:
+        """Forget an update of a federation that is closed, but for its digest: a version may have it all the same."""
+        answered = self._answered_update(update, UNANSWERED, self.pending.state.head_version)
+        self._replace_outstanding(None, answered)
+
     def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:
         """Send the update, or offer it if it has more parts than the head's `direct_parts`.
 
@@ -248,7 +253,7 @@ class Uplink:
             seq=update.seq, base=update.base, outcome=outcome, version=version, key=key, digest=digest
         )
 
-    def _replace_outstanding(self, update: OutstandingUpdate, answered: AnsweredUpdate | None = None) -> None:
+    def _replace_outstanding(self, update: OutstandingUpdate | None, answered: AnsweredUpdate | None = None) -> None:
         self.pending.put(replace(self.pending.state, outstanding=update), answered)
 
     def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.edge.core.state import RENUMBERED, AnsweredUpdate, State
+from ternbus.edge.core.state import RENUMBERED, UNANSWERED, AnsweredUpdate, State
 
 OUTSTANDING = "outstanding"  # in place of an outcome: it has no receipt yet
 
@@ -34,6 +34,8 @@ class Trace:
         if self.outcome == RENUMBERED:
             again = "" if self.renumbered is None else f", {self.renumbered}"
             return f"{about}it was sent again with another number{again}"
+        if self.outcome == UNANSWERED:
+            return f"{about}it had no receipt when the federation was closed; the log of merges says if a version has it"
         return f"{about}its receipt says {self.outcome}, at version {self.version}"
 
 

@@ -24,7 +24,7 @@ from ternbus.broker.store_format import checksum
 from ternbus.broker.sums.masks import SEED_BYTES
 from ternbus.edge.core.foreign_numbers import cloned_counter
 from ternbus.edge.core.state import (
-    RENUMBERED,
+    UNTOLD,
     AnsweredUpdate,
     Asked,
     OutstandingUpdate,
@@ -170,7 +170,7 @@ def summary(folder: Path) -> Summary:
     path = folder / FILE
     check(folder)
     with naming(path), closing(open_for_reading(path)) as db:
-        rows = receipts(db, limit=1, but=RENUMBERED)
+        rows = receipts(db, limit=1, told=True)
         state = _read(db)
         assert state is not None  # noqa: S101 - checked above, and no save removes it
         return Summary(state=state, counters=_counters(db), last=rows[0] if rows else None)
@@ -198,7 +198,7 @@ def check(folder: Path) -> None:
 
 
 def answers(folder: Path) -> list[AnsweredUpdate]:
-    """The stored receipts, newest first, and the renumbered updates."""
+    """The stored receipts, newest first, and what became of updates without one."""
     with naming(folder / FILE), closing(open_for_reading(folder / FILE)) as db:
         return receipts(db, limit=RECEIPTS_MAX)
 
@@ -211,15 +211,18 @@ def counters(folder: Path) -> dict[str, int]:
         return _counters(db)
 
 
-def receipts(db: sqlite3.Connection, *, limit: int, but: str = "") -> list[AnsweredUpdate]:
+def receipts(db: sqlite3.Connection, *, limit: int, told: bool = False) -> list[AnsweredUpdate]:
+    """The newest answered updates first; with ``told``, those that a receipt has answered."""
     query = (
-        "SELECT key, seq, base, outcome, version, digest FROM receipts WHERE outcome <> ? ORDER BY number DESC LIMIT ?"
+        "SELECT key, seq, base, outcome, version, digest FROM receipts "
+        "WHERE outcome NOT IN (?, ?) ORDER BY number DESC LIMIT ?"
     )
+    without = UNTOLD if told else ("", "")
     return [
         AnsweredUpdate(
             key=KeyId(key), seq=int(seq), base=int(base), outcome=outcome, version=int(version), digest=digest
         )
-        for key, seq, base, outcome, version, digest in db.execute(query, (but, limit))
+        for key, seq, base, outcome, version, digest in db.execute(query, (*without, limit))
     ]
 
 
