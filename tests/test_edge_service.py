@@ -1,6 +1,7 @@
 """The device's event loop: what it handles at once, when it saves, and what it acknowledges; with a scripted core."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import pytest
@@ -225,3 +226,26 @@ def test_acknowledgements_of_the_broker_are_handled_where_nothing_happens(monkey
     published, reached = core.rounds[1]
     assert published == events.Published(seq=9)
     assert isinstance(reached, events.TimeReached)
+
+
+def test_a_broker_that_acknowledges_nothing_wakes_a_device_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ACKNOWLEDGED_WITHIN_S", 0.001)
+    monkeypatch.setattr(module, "ACKNOWLEDGED_WITHIN_MAX_S", 0.004)
+    sent, waits = Publish(topic=TOPIC, payload=b"update", seq=9), []
+    core = ScriptedCore([[sent], [], [], [], [sent], [], [STOP]])
+    service = Service(
+        cast("Core", core),
+        outbox=cast("Outbox", Recorder()),
+        make_link=lambda _: cast("Link", Recorder()),
+        report=cast("Any", print),
+    )
+
+    class Queue(SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            waits.append(timeout)
+            raise Empty
+
+    monkeypatch.setattr(service, "_queue", Queue())
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    assert service.run() == STOP
+    assert waits == pytest.approx([0.001, 0.002, 0.004, 0.004, 0.001, 0.002])

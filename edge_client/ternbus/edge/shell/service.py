@@ -39,7 +39,10 @@ from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
 SAVE_WITHIN_S: Final = 1.0  # a head or a receipt, which a peer would tell again
-ACKNOWLEDGED_WITHIN_S: Final = 0.1  # until the broker's acknowledgements are handled, if nothing else happens before
+# until the broker's acknowledgements are handled, if nothing else happens before: after a publication, and where the
+# broker acknowledges nothing for long, for each time that they were looked for in vain twice as long
+ACKNOWLEDGED_WITHIN_S: Final = 0.1
+ACKNOWLEDGED_WITHIN_MAX_S: Final = 5.0
 AT_ONCE: Final = 64  # events
 PERSONAL: Final = "personal.safetensors"
 FAILED_TRAININGS: Final = "trainings.failed"
@@ -76,6 +79,7 @@ class Service:
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
+        self._patience_s = ACKNOWLEDGED_WITHIN_S  # until acknowledgements are looked for
         self._following: _Happened | None = None  # taken out of the queue already
         self._answered: AnsweredUpdate | None = None  # for the next save
         self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
@@ -131,11 +135,12 @@ class Service:
 
     def _wait(self) -> _Happened:
         now = time.monotonic()
-        due = [self._core.due_s(), self._save_due_s, now + ACKNOWLEDGED_WITHIN_S if self._tickets else None]
+        due = [self._core.due_s(), self._save_due_s, now + self._patience_s if self._tickets else None]
         times = [each for each in due if each is not None]
         try:
             return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
         except Empty:
+            self._patience_s = min(2 * self._patience_s, ACKNOWLEDGED_WITHIN_MAX_S)
             return events.TimeReached()
 
     def _take(self, happened: Sequence[_Happened]) -> None:
@@ -259,7 +264,7 @@ class Service:
     def _publish(self, action: Publish) -> None:
         publishing(action.topic)
         ticket = self._link.publish(action.topic, action.payload, retain=action.retain)
-        self._tickets[ticket] = action.seq
+        self._tickets[ticket], self._patience_s = action.seq, ACKNOWLEDGED_WITHIN_S
         kind = _kind(action.topic)
         self._counters[f"sent_bytes.{kind}"] += packet_bytes(action.topic, len(action.payload), self._protocol)
         self._counters[f"sent.{kind}"] += 1
