@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from support.core_device import Device as CoreDevice
 from support.core_device import profile
-from support.old_formats import copy_of
+from support.old_formats import copy_of, opened
 from support.small_world import (
     LAB,
     SHAPES,
@@ -264,6 +264,16 @@ def test_a_copy_of_an_older_format_is_restored_and_migrated(tmp_path: Path) -> N
     (old / backup.MANIFEST).write_text("[files]\n")
     again, done = restored(old, tmp_path / "new")
     assert (done.version, again.version) == (5 + RESTORE_LEAP, 5 + RESTORE_LEAP)
+
+
+def test_a_copy_of_an_older_format_is_restored_where_a_migration_from_it_left_one_too(tmp_path: Path) -> None:
+    old, served = (copy_of("aggregator-8", tmp_path / name) / "home" for name in ("old", "served"))
+    (old / backup.MANIFEST).write_text("[files]\n")
+    opened(served).close()
+    (served / "format-8" / "kept").touch()
+    again, _ = restored(old, served)
+    assert again.version == 5 + RESTORE_LEAP
+    assert (served / "format-8" / "kept").exists()
 
 
 # --- revocations

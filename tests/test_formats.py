@@ -5,6 +5,7 @@ tests/fixtures/formats says how each was made. `expected.json` is what the code 
 
 import hashlib
 import json
+import random
 import re
 import sqlite3
 import subprocess
@@ -33,7 +34,7 @@ from support.old_formats import (
 from support.small_world import Bench
 from ternbus.aggregator.core import events
 from ternbus.aggregator.merge.accumulator import Accumulator
-from ternbus.aggregator.shell import administration, log, quickstart
+from ternbus.aggregator.shell import administration, checking, log, quickstart, repairing
 from ternbus.aggregator.store.ledger import KINDS, Ledger
 from ternbus.aggregator.store.recovery import Waiting
 from ternbus.aggregator.store.rows import unsigned
@@ -106,6 +107,25 @@ def test_an_aggregator_opens_with_what_it_had(name: str, tmp_path: Path) -> None
         codes = dict(ledger.db.execute("SELECT device, code FROM invitations"))
         assert sorted(codes) == want["invitations"]
         assert len(core.registry.codes) == len(codes)
+
+
+def test_a_ledger_with_a_damaged_page_of_retained_messages_is_migrated_and_then_repaired(tmp_path: Path) -> None:
+    chance, damaged, unread = random.Random(5), 0, 0
+    with closing(sqlite3.connect(copy_of("aggregator-8", tmp_path) / "home" / LEDGER)) as db:
+        (first,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'frames'").fetchone()
+    # the first flip is in what leads to a row's other pages
+    for number, place in enumerate([1022, *(chance.randrange(1024) for _ in range(40))]):
+        home = copy_of("aggregator-8", tmp_path / str(number)) / "home"
+        content = bytearray((home / LEDGER).read_bytes())
+        content[(first - 1) * page_bytes(home / LEDGER) + place] ^= 0x40
+        (home / LEDGER).write_bytes(content)
+        opened(home).close()
+        unread += "former_frames" in tables(home / LEDGER)
+        if checking.check(home).faults:
+            damaged += 1
+            repairing.repair(home)
+            assert checking.check(home).faults == ()
+    assert 0 < unread < damaged < 41
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)

@@ -101,9 +101,18 @@ def test_that_something_left_is_written_without_the_update(folder: Path) -> None
     assert opened(folder).left == 6
 
 
-def test_an_answered_update_leaves_nothing_on_disk(folder: Path) -> None:
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_an_answered_update_leaves_nothing_on_disk(folder: Path, is_sealed: bool) -> None:
+    mark = bytes(range(1, 100))
+    hidden = replace(update(), encoded=1000 * mark)
+    if is_sealed:
+        hidden = replace(hidden, private=None, sealed=bytes(2000))
+    with Outbox(folder, OLD.key_id) as outbox:
+        outbox.save(replace(outbox.state, outstanding=hidden), None, {})
+    assert mark in b"".join(path.read_bytes() for path in folder.iterdir())
     with Outbox(folder, OLD.key_id) as outbox:
         outbox.save(replace(outbox.state, outstanding=None, refusal=""), None, {})
+    assert mark not in b"".join(path.read_bytes() for path in folder.iterdir())
     with closing(sqlite3.connect(folder / FILE)) as db:
         assert db.execute("SELECT count(*) FROM private").fetchone() == (0,)
     assert (opened(folder).outstanding, opened(folder).refusal) == (None, "")

@@ -182,7 +182,7 @@ def test_a_device_knows_what_is_outstanding_and_what_was_sent_with_another_numbe
     (found,) = update_trace.find(state, [answer(11, 7, RENUMBERED)], 11)
     assert found.sentence().endswith("it was sent again with another number, 12")
     (found,) = update_trace.find(State(key=KEY), [answer(11, 7, UNANSWERED)], 11)
-    assert "it had no receipt when the federation closed" in found.sentence()
+    assert "it had no receipt when the device gave it up" in found.sentence()
     (found,) = update_trace.find(State(key=KEY), [answer(14, 7), answer(11, 7, RENUMBERED)], 11)
     assert found.renumbered == 14
     (found,) = update_trace.find(State(key=KEY), [answer(11, 7, RENUMBERED)], 11)

@@ -4,13 +4,14 @@ The new state is prepared as a folder in DIR, and the old state is kept in DIR. 
 every command tells the operator to finish the replacement.
 """
 
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.store.ledger import LEDGER
-from ternbus.broker import files
+from ternbus.broker import files, store_format
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 
@@ -65,6 +66,9 @@ def check(directory: Path) -> None:
 
 
 def _finish(directory: Path) -> Path | None:
+    for copy in store_format.copies(directory / COMING):
+        if (directory / copy.name).exists():  # of what was there before; this one is of a backup, which is elsewhere
+            shutil.rmtree(copy)
     for path in sorted((directory / COMING).iterdir(), key=_is_not_ledger, reverse=True):
         if path.name == LEDGER:
             files.sync(directory)

@@ -13,8 +13,9 @@ protocol promises holds if the shell keeps this contract. `edge.shell.service` i
    the next event. If one fails, perform none of those after it: end the process, and start again from the disk.
 4. **Save.** Write the state, and the answered update if there is one, to stable storage in one transaction, before the
    next action. The actions after it may publish what only this write remembers. A save that is not ``durable`` may be
-   lost with the process or the power; then nothing that was saved after it may be kept. It may be put off until the
-   next save, but for a second at most; an answered update that waits for it goes first.
+   lost with the power; then nothing that was saved after it may be kept. With an answered update it must outlive the
+   process: the federation may close after a crash, and the core then drops an update without a receipt. Without one it
+   may be put off until the next save, but for a second at most.
 5. **Time.** After each `handle` or `proceed`, ask `due_s`, and handle `TimeReached` when ``now`` has reached it, if
    nothing happens before. Too early does no harm; too late causes a delay.
 6. **Connect.** Open a connection to the broker with a persistent session, QoS 1, and the given last will, retained.

@@ -17,8 +17,8 @@ from ternbus.edge.plan.tensors import FloatArray, Tensors
 class Save:
     """Write the state to stable storage in one transaction, with the receipt that caused the write, if any.
 
-    Where it is not ``durable``, it may be put off for a second, and the next durable write includes it: a device that
-    dies before is told again.
+    Where it is not ``durable``, it need not outlive a cut of the power: the next durable write includes it. Without a
+    receipt it may be put off for a second.
     """
 
     state: State

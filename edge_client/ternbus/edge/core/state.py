@@ -19,7 +19,7 @@ OLD_HEAD = "old-head"  # the reason to drop a head below one that was accepted
 TOO_MANY = "its owner allows no more requests a day than "  # begins a refusal
 # Instead of an outcome, which no receipt has told:
 RENUMBERED = "renumbered"  # the update was sent again with another number
-UNANSWERED = "unanswered"  # the update was given up, as the federation is closed
+UNANSWERED = "unanswered"  # the update was given up without a receipt
 UNTOLD: Final = (RENUMBERED, UNANSWERED)
 
 HEARD: Final = frozenset({"head_version", "head_seq", "head_digest", "receipt_seq"})  # of a `State`, by a message

@@ -52,7 +52,7 @@ class Uplink:
         """Adapt the state of a process that had another key, or did not take part in private sums."""
         state = self.pending.state
         if self.profile.sums is not None and state.outstanding is not None and state.outstanding.private is None:
-            self.pending.put(replace(state, outstanding=None))  # a private device sends no other updates
+            self.give_up(state.outstanding)  # a private device sends no other updates
         if state.key != self.profile.key:
             self.pending.put(self.pending.state.with_key(self.profile.key))
             self.key_changed()
@@ -143,8 +143,9 @@ class Uplink:
         return [Log(event="withdrawn", text=text, fields={"base": update.base, "version": head.version})]
 
     def give_up(self, update: OutstandingUpdate) -> None:
-        """Forget an update of a federation that is closed, but for its digest: a version may have it all the same."""
-        answered = self._answered_update(update, UNANSWERED, self.pending.state.head_version)
+        """Forget an update that has no receipt, but for its digest: a version may have it all the same."""
+        is_known = self.pending.state.key == self.profile.key  # else its frames would get another signature
+        answered = self._answered_update(update, UNANSWERED, self.pending.state.head_version) if is_known else None
         self._replace_outstanding(None, answered)
 
     def send(self, update: OutstandingUpdate, direct_parts: int, now: float) -> list[Action]:

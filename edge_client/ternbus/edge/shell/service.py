@@ -38,7 +38,7 @@ from ternbus.edge.shell.worker import Worker
 from ternbus.edge.store.outbox import Outbox
 
 FLUSH_S: Final = 5.0
-SAVE_WITHIN_S: Final = 1.0  # a head or a receipt, which a peer would tell again
+SAVE_WITHIN_S: Final = 1.0  # a head, which a peer would tell again
 # until the broker's acknowledgements are handled, if nothing else happens before: after a publication, and where the
 # broker acknowledges nothing for long, for each time that they were looked for in vain twice as long
 ACKNOWLEDGED_WITHIN_S: Final = 0.1
@@ -81,7 +81,6 @@ class Service:
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
         self._patience_s = ACKNOWLEDGED_WITHIN_S  # until acknowledgements are looked for
         self._following: _Happened | None = None  # taken out of the queue already
-        self._answered: AnsweredUpdate | None = None  # for the next save
         self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
         self._protocol = 5
         self._stop: Stop | None = None
@@ -198,29 +197,22 @@ class Service:
         for action in actions:
             self._perform(action)
 
-    def _changed(self, answered: AnsweredUpdate | None, *, durable: bool) -> None:
-        """Save what is durable now, and anything else with the next save."""
-        if answered is not None:
-            self._counters[f"updates.{answered.outcome}"] += 1
-            if self._answered is not None:  # a save has room for one
-                self._save(durable=False)
-            self._answered = answered
-        if durable:
-            self._save()
-        elif self._save_due_s is None:
-            self._save_due_s = time.monotonic() + SAVE_WITHIN_S
-
-    def _save(self, *, durable: bool = True) -> None:
+    def _save(self, answered: AnsweredUpdate | None = None, *, durable: bool = True) -> None:
         """Save the core's state, with all that was put off."""
         reached("save")
-        self._outbox.save(self._core.state, self._answered, self._counters, durable=durable)
-        self._answered = self._save_due_s = None
+        self._outbox.save(self._core.state, answered, self._counters, durable=durable)
+        self._save_due_s = None
         reached("saved")
 
     def _perform(self, action: Action) -> None:
         match action:
             case Save():
-                self._changed(action.answered, durable=action.durable)
+                if action.answered is not None:
+                    self._counters[f"updates.{action.answered.outcome}"] += 1
+                if action.durable or action.answered is not None:
+                    self._save(action.answered, durable=action.durable)
+                elif self._save_due_s is None:
+                    self._save_due_s = time.monotonic() + SAVE_WITHIN_S
             case Connect():
                 self._connect(action)
             case Subscribe() | Unsubscribe() | Publish():

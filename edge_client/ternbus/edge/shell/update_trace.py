@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.edge.core.state import RENUMBERED, UNANSWERED, AnsweredUpdate, State
+from ternbus.edge.core.state import RENUMBERED, UNANSWERED, UNTOLD, AnsweredUpdate, State
 
 OUTSTANDING = "outstanding"  # in place of an outcome: it has no receipt yet
 
@@ -35,7 +35,7 @@ class Trace:
             again = "" if self.renumbered is None else f", {self.renumbered}"
             return f"{about}it was sent again with another number{again}"
         if self.outcome == UNANSWERED:
-            return f"{about}it had no receipt when the federation closed; the log of merges says if a version has it"
+            return f"{about}it had no receipt when the device gave it up; the log of merges says if a version has it"
         return f"{about}its receipt says {self.outcome}, at version {self.version}"
 
 
@@ -46,7 +46,7 @@ def find(state: State, answers: Sequence[AnsweredUpdate], seq: int) -> list[Trac
             key=each.key.hex(),
             base=each.base,
             outcome=each.outcome,
-            version=each.version,
+            version=None if each.outcome in UNTOLD else each.version,
             digest=each.digest.hex() or None,
             renumbered=_again(state, answers, each.key, each.base, seq) if each.outcome == RENUMBERED else None,
         )

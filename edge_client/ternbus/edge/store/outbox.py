@@ -80,6 +80,8 @@ class Outbox:
         self._remedy = remedy(self._path)
         self._db = open_for_writing(self._path)
         self._durable = True  # what the connection does at a commit
+        self._erases = True  # likewise, whether it overwrites what is deleted
+        self._db.execute("PRAGMA secure_delete = ON")
         with naming(self._path):
             self._stored = _read(self._db)  # the content of the file
             self.state = (self._stored or State(key=key)).with_receipt(0)  # which a save then writes
@@ -104,6 +106,7 @@ class Outbox:
         before = self._stored
         with store_format.naming(self._path, self._remedy), self._db:
             self._synchronize(durable)
+            self._erase(before is not None and _is_hidden(before.outstanding))
             self._db.execute("BEGIN IMMEDIATE")
             self._save_numbers(state)
             if before is None or state.residual is not before.residual:
@@ -124,6 +127,12 @@ class Outbox:
         if durable is not self._durable:
             self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._durable = durable
+
+    def _erase(self, is_hidden: bool) -> None:
+        """Overwrite what is deleted, or leave it in free pages, where it does not cost a second write of each."""
+        if is_hidden is not self._erases:
+            self._db.execute(f"PRAGMA secure_delete = {'ON' if is_hidden else 'FAST'}")
+            self._erases = is_hidden
 
     def _save_numbers(self, state: State) -> None:
         before = self._stored or State(key=state.key)
@@ -267,6 +276,11 @@ def _outstanding(db: sqlite3.Connection) -> OutstandingUpdate | None:
         private=None if private is None else private_of(private),
         arm=None if arm is None else arm_of(arm[0]),
     )
+
+
+def _is_hidden(update: OutstandingUpdate | None) -> bool:
+    """Whether an update has left the device in a form that shows nothing of it."""
+    return update is not None and (update.private is not None or bool(update.sealed))
 
 
 def _private(state: State) -> PrivatePart | None:

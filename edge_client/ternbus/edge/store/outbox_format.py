@@ -263,7 +263,6 @@ def _connect(path: Path) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA secure_delete = FAST")  # a sent update need not be overwritten: it would be written twice
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise store_format.unreadable(path, error, remedy(path)) from error
     return db
