@@ -1,6 +1,7 @@
 """The aggregator's connections: sessions, last wills, and a broker that may have lost what it retained."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from support.small_world import (
     float32_block,
     follow,
     frames_of,
+    make_directory,
     place,
     refusals,
     ternary_block,
@@ -114,6 +116,7 @@ def test_a_merge_while_the_broker_is_in_doubt_publishes_all_that_a_device_needs(
     assert follow(bench.retained, bench.identity.public) == (2, bench.core.model.digest)
     sent = [action for action in bench.last if isinstance(action, events.Publish | events.RepublishRetained)]
     assert isinstance(sent[-2], events.RepublishRetained)
+    assert sent[-2].why  # for the operator
     assert isinstance(sent[-1], events.Publish)
     assert sent[-1].topic == HEAD
     bench.receive(HEAD, bench.retained[HEAD])
@@ -161,6 +164,13 @@ def test_a_newest_delta_too_large_for_the_broker_is_not_given_again(make: Make) 
     bench.handle(events.Connected(frame_bytes=1500))
     assert not [action.topic for action in bench.published[before:] if "/delta/" in action.topic]
     assert follow(bench.retained, bench.identity.public) == (1, bench.core.model.digest)
+
+
+def test_what_a_broker_gets_for_the_first_time_is_no_news_for_the_operator(tmp_path: Path) -> None:
+    bench = Bench(make_directory(tmp_path / "first"))
+    (first,) = [action for action in bench.start() if isinstance(action, events.RepublishRetained)]
+    assert first.why == ""
+    bench.close()
 
 
 def test_a_lost_connection_waits_for_no_head(make: Make) -> None:

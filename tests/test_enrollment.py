@@ -116,6 +116,20 @@ def test_a_revoked_key_is_told_so_if_the_signature_is_its_own(make: Make) -> Non
     assert bench.core.model.buffer == []
 
 
+def test_a_device_that_is_online_is_told_at_once_once_and_after_it_is_on_disk(make: Make) -> None:
+    """In a paused federation it sends nothing that could be answered."""
+    bench = make()
+    pi, away = bench.join("pi"), bench.join("away")
+    bench.receive(pi.topic("status"), pi.status("idle"))
+    actions = bench.handle(events.RevokeRequested(device="pi", why="stolen"))
+    (receipt,) = receipts(actions)
+    assert (receipt.outcome, receipt.reason, receipt.seq) == ("revoked", "stolen", pi.seq)
+    assert place(actions, records.DeviceRevoked) < place(actions, events.Publish)
+    assert receipts(bench.handle(events.RevokeRequested(device="pi"))) == []
+    assert receipts(bench.handle(events.RevokeRequested(device="away"))) == []
+    assert away.name in bench.core.registry.members
+
+
 def test_a_revoked_device_may_be_invited_again_with_a_new_key_only(make: Make) -> None:
     bench = make()
     pi = bench.join("pi")

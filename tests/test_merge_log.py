@@ -199,9 +199,8 @@ def test_an_entry_that_was_taken_out_is_named(place: int) -> None:
     elif place < VERSIONS - 1:
         assert found == [f"version {place} is missing"]
     else:
-        assert found == [
-            "the log ends with version 4, but version 5 was published: its end was removed, or it was exported earlier"
-        ]
+        (fault,) = found
+        assert fault.startswith("the log ends with version 4, but version 5 was published: it was exported earlier")
 
 
 def test_a_log_may_begin_later_where_its_aggregator_says_so() -> None:

@@ -50,6 +50,10 @@ def test_closing_merges_what_is_accepted_and_takes_no_more(make: Make) -> None:
     bench.start()
     (receipt,) = bench.send(late, ternary_block(bench.schema, 2), 1)
     assert (receipt.outcome, receipt.reason) == ("invalid", "closed")
+    actions = bench.handle(events.StateRequested(state="paused", request=8))
+    (done,) = saved(actions, records.RequestDone)
+    assert "`ternbus aggregator resume` opens it again" in done.error
+    assert bench.head.state == "closed"
     bench.handle(events.StateRequested(state="open"))
     assert bench.head.state == "open"  # by which devices that waited go on
     assert bench.send(late, ternary_block(bench.schema, 2), 1)[0].outcome == "accepted"

@@ -394,7 +394,7 @@ def test_close_says_that_helpers_are_waited_for(capsys: pytest.CaptureFixture[st
     assert (world.head.state, len(world.merged())) == ("closed", 6)
     world.close()
     assert ternbus(["aggregator", "close", str(world.directory)]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "closed\n"
 
 
 class Twice(World):

@@ -44,7 +44,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
-from ternbus.broker.protocol.messages import CLOSED, Status
+from ternbus.broker.protocol.messages import CLOSED, PAUSED, Status
 from ternbus.broker.protocol.schema import Schema
 
 
@@ -275,7 +275,7 @@ class Core:
         self._retained.shown.connected(self._now)
         actions += self._versions.fit(event.frame_bytes)
         if self.session == 1 and self._versions.confirm_by is not None:
-            actions += self._versions.republish()  # the broker cannot have anything of ours yet
+            actions += self._versions.republish(why="")  # the broker cannot have anything of ours yet
         if self._private is not None:
             actions += self._private.merging.ask_all(self._now)
         return actions
@@ -376,6 +376,8 @@ class Core:
         return [*actions, *self._done(event.request)]
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
+        if self._updates.closed and event.state == PAUSED:  # it would open the federation again, without a word
+            return self._done(event.request, "the federation is closed: `ternbus aggregator resume` opens it again")
         self._updates.closed = event.state == CLOSED
         return [*self._merges.change_state(event.state, self._now), *self._done(event.request)]
 

@@ -15,6 +15,7 @@ from ternbus.aggregator.core.work import LARGE_BODY_BYTES, LARGE_HEADER_BYTES
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame, header_bytes
+from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Status, Update
 from ternbus.broker.protocol.model_messages import Head, Snapshot
 from ternbus.broker.protocol.topics import TERMS
@@ -96,8 +97,7 @@ class Enrollment:
             raise error
         self.updates.afford(member, now)
         frame.check_authentic(public)
-        why = member.revoked_why or "this key was revoked"
-        receipt = self.updates.receipt(frame.sender, frame.key, frame.seq, Verdict("revoked", why))
+        receipt = self._tell_revoked(member, frame.key, frame.seq)
         return [*receipt, *self.refusals.drop(f"{frame.kind} of {frame.sender}", error, now)]
 
     def _unknown(self, frame: Frame, error: ProtocolError, now: float) -> list[Action]:
@@ -190,6 +190,7 @@ class Enrollment:
             raise ConfigError(
                 f"{event.device} has not joined; an invitation is cancelled with `ternbus aggregator invitations`"
             )
+        is_told = member.online and not member.revoked  # at once: in a paused federation it says nothing itself
         self.registry.revoke(member, event.why)
         self.updates.forget(member)
         dropped = not event.keep and self.updates.drop(member, event.buffer)
@@ -200,4 +201,10 @@ class Enrollment:
                 event="revoked",
                 fields={"device": member.name},
             ),
+            *(self._tell_revoked(member, member.key, member.status_seq) if is_told else []),
         ]
+
+    def _tell_revoked(self, member: Member, key: KeyId, seq: int) -> list[Action]:
+        """The answer to the message with this number under a key that was revoked."""
+        why = member.revoked_why or "this key was revoked"
+        return self.updates.receipt(member.name, key, seq, Verdict("revoked", why))

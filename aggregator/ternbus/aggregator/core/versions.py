@@ -227,9 +227,10 @@ class Versions:
         self.published.head_frame = frame
         return [*reserved, *self._retain([(topic, frame)])]
 
-    def republish(self) -> list[Action]:
+    def republish(self, why: str = "the broker did not deliver the stored ones") -> list[Action]:
         """Give the broker what it should have retained: the snapshot, the deltas since, the head.
 
+        ``why`` is for the operator's log; empty where nobody need know.
         The head is sent as it is now. Later events may share a commit with this one, and a head of theirs, read from
         the ledger, would name what only follows it.
         """
@@ -237,9 +238,7 @@ class Versions:
         self.given += 1
         head = topics.head(self.settings.federation)
         return [
-            RepublishRetained(
-                topics=(*self.wanted(), *self._newest_delta()), why="the broker did not deliver the stored ones"
-            ),
+            RepublishRetained(topics=(*self.wanted(), *self._newest_delta()), why=why),
             Publish(topic=head, payload=self.published.head_frame, retain=True),
         ]
 

@@ -47,7 +47,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
-from ternbus.broker.protocol.endpoint import PORTS, is_loopback
+from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.sums.terms import MASK
@@ -73,7 +73,7 @@ Tls = Annotated[
     bool | None,
     typer.Option(
         "--tls/--no-tls",
-        help="TLS for the broker; used at the first start. [default: TLS if other machines reach the host]",
+        help="TLS for the broker, for the first start. [default: TLS if other machines reach the host]",
     ),
 ]
 EngineName = Annotated[
@@ -240,11 +240,21 @@ def up(
     evaluators: Annotated[
         list[str] | None, typer.Option("--evaluator", metavar="NAME", help="Evaluator to invite; repeatable.")
     ] = None,
-    federation: Annotated[str, typer.Option(help="Name of the federation; used at the first start.")] = "home",
-    host: Annotated[str, typer.Option(help="Address of this machine for devices.")] = "127.0.0.1",
+    federation: Annotated[
+        str | None,
+        typer.Option(help=f"Name of the federation, for the first start. [default: {quickstart.FEDERATION}]"),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help=f"Address of this machine for devices, for the first start. [default: {quickstart.HOST}]"),
+    ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="TCP port; 0 takes a free port. [default: 8883, without TLS 1883]"),
+        typer.Option(
+            min=0,
+            max=65535,
+            help="TCP port for the first start; 0 takes a free port. [default: 8883, without TLS 1883]",
+        ),
     ] = None,
     tls: Tls = None,
     engine: EngineName = Engine.AUTO,
@@ -259,11 +269,9 @@ def up(
 
     Example: ternbus aggregator up home --model model.safetensors --host 192.168.1.10 --invite pi-1 --invite pi-2
     """
-    secured = not is_loopback(host) if tls is None else tls
-    port = PORTS["mqtts" if secured else "mqtt"] if port is None else port
     say = LogOutput(as_json=log == LogFormat.JSON)
     listener = dashboard_process.listen(dashboard, dashboard_hosts or ())
-    first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=secured)
+    first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=tls)
     with quickstart.start_broker(directory, engine, first) as broker:
         if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
             open_to = f"{broker.url} is open to the network, without TLS"
@@ -299,9 +307,12 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 def pause(directory: Dir) -> None:
     """Pause training: devices follow the model but do not train. It takes effect before the command ends.
 
+    A closed federation stays closed: only `resume` opens it again.
+
     Example: ternbus aggregator pause agg
     """
     administration.change_state(directory, control.PAUSE, software())
+    typer.echo("paused")
 
 
 @app.command()
@@ -311,6 +322,7 @@ def resume(directory: Dir) -> None:
     Example: ternbus aggregator resume agg
     """
     administration.change_state(directory, control.RESUME, software())
+    typer.echo("open")
 
 
 @app.command()
@@ -329,10 +341,8 @@ def close(directory: Dir) -> None:
         typer.echo("paused; it closes when the helpers have answered: see `ternbus aggregator status`")
         return
     unmerged = statuses.read(directory)["counts"]["unmerged"]
-    if unmerged:
-        typer.echo(
-            f"closed; {unmerged} accepted updates stay unmerged: they are of too few devices (merge.min_devices)"
-        )
+    left = f"; {unmerged} accepted updates stay unmerged: they are of too few devices (merge.min_devices)"
+    typer.echo(f"closed{left if unmerged else ''}")
 
 
 app.command("dashboard-token")(dashboard_token.dashboard_token)

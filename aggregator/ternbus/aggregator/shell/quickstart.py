@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.plan_settings import PlanCheck
+from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, reading
@@ -15,23 +16,60 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.log_levels import ERROR
 from ternbus.broker.log_output import WriteLog
-from ternbus.broker.protocol.endpoint import Endpoint
+from ternbus.broker.protocol.endpoint import PORTS, Endpoint, is_loopback
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
 
 BROKER: Final = "broker"
 INVITATIONS: Final = "invitations"
+FEDERATION: Final = "home"  # its name, where none is given
+HOST: Final = "127.0.0.1"  # likewise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class First:
-    """What a directory that holds no aggregator yet is made from."""
+    """What a directory that holds no aggregator yet is made from; None: not said."""
 
     model: Path | None
-    federation: str
-    host: str
-    port: int
-    tls: bool
+    federation: str | None = None
+    host: str | None = None
+    port: int | None = None  # 0: a free one
+    tls: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The federation's."""
+        return FEDERATION if self.federation is None else self.federation
+
+    @property
+    def address(self) -> str:
+        """The broker's host."""
+        return HOST if self.host is None else self.host
+
+    @property
+    def is_secured(self) -> bool:
+        """Whether the broker has TLS: else where other machines reach it."""
+        return not is_loopback(self.address) if self.tls is None else self.tls
+
+    @property
+    def listens_at(self) -> int:
+        """The broker's port."""
+        return PORTS["mqtts" if self.is_secured else "mqtt"] if self.port is None else self.port
+
+    def check(self, directory: Path, settings: Settings, endpoint: Endpoint) -> None:
+        """Raise ConfigError where a directory that holds an aggregator has another federation or broker."""
+        said = [
+            ("--federation", self.federation, settings.federation),
+            ("--host", self.host, endpoint.host),
+            ("--port", self.port or None, endpoint.port),
+            ("--tls" if self.tls else "--no-tls", self.tls, endpoint.tls),
+        ]
+        for option, wanted, found in said:
+            if wanted is not None and wanted != found:
+                raise ConfigError(
+                    f"{directory} holds the federation {settings.federation} with the broker {endpoint} already, and "
+                    f"{option} is for the first start: leave it out"
+                )
 
 
 def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
@@ -40,9 +78,11 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
     if lost_ledger.is_lost(directory / LEDGER):
         raise lost_ledger.missing(directory / LEDGER)
     folder = directory / BROKER
-    host, port = first.host, first.port
+    host, port = first.address, first.listens_at
     if (directory / LEDGER).exists():
-        endpoint = Endpoint.parse(administration.load_settings(directory).broker)
+        settings = administration.load_settings(directory)
+        endpoint = Endpoint.parse(settings.broker)
+        first.check(directory, settings, endpoint)
         host, port = endpoint.host, endpoint.port
         if endpoint.tls and not running.is_home(folder):
             raise ConfigError(
@@ -51,9 +91,14 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if running.is_home(folder) or (first.tls and not (directory / LEDGER).exists()):
+    if running.is_home(folder) or (first.is_secured and not (directory / LEDGER).exists()):
         return _start_secured(directory, engine, first)
-    return running.start(running.choose(engine), host=host, port=port, directory=folder)
+    remedy = running.CHOOSE
+    if (directory / LEDGER).exists():
+        remedy = (
+            f"end what uses it, or change `broker` in {directory / administration.TOML} and each device's edge.toml"
+        )
+    return running.start(running.choose(engine), host=host, port=port, directory=folder, remedy=remedy)
 
 
 def _start_secured(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
@@ -64,7 +109,7 @@ def _start_secured(directory: Path, engine: running.Engine, first: First) -> run
     folder = (directory / BROKER).absolute()
     running.choose(engine)  # or nothing is made
     if not running.is_home(folder):
-        BrokerDirectory.create(folder, names=[first.host], port=first.port, engine=engine)
+        BrokerDirectory.create(folder, names=[first.address], port=first.listens_at, engine=engine)
     broker = BrokerDirectory(folder)
     if not (directory / LEDGER).exists():
         _create(directory, first, broker.url, {"transport.authority": BROKER})
@@ -76,7 +121,7 @@ def _create(directory: Path, first: First, broker_url: str, settings: Mapping[st
     found = administration.FirstModel.load(first.model)
     administration.create(
         directory,
-        federation=first.federation,
+        federation=first.name,
         broker=broker_url,
         model=found.tensors,
         settings={**settings, **PlanCheck.settings(found.plan)},

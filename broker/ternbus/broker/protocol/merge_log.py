@@ -376,7 +376,7 @@ class Audit:
         if version > self._highest:
             self.faults.append(
                 f"the log ends with version {self._highest}, but version {version} was published: "
-                "its end was removed, or it was exported earlier"
+                "it was exported earlier, or its end was removed: export it again"
             )
         elif version not in self._links:
             self.faults.append(f"version {version} was published, but is not in the log")

@@ -32,6 +32,7 @@ FREED_WITHIN_S: Final = 5.0  # for a broker whose `broker up` was killed to save
 LOOK_EVERY_S: Final = 0.02
 LOOK_AT_DISK_S: Final = 10.0
 PORT_ATTEMPTS: Final = 5
+CHOOSE: Final = "choose another port (0: a free one) or host"
 LOG: Final = refusals.LOG
 ACCESS: Final = refusals.ACCESS
 HOME: Final = "broker.toml"
@@ -169,17 +170,19 @@ def start(
     directory: Path,
     federations: Sequence[str] = (),
     secured: Secured | None = None,
+    remedy: str = CHOOSE,
 ) -> RunningBroker:
     """Start a broker on ``port`` (0: a free port) with its data in ``directory``; return when it accepts MQTT clients.
 
     With ``federations``, mosquitto limits each client to its own topics by a user name that is not authenticated.
     With ``secured``, the broker accepts TLS only, and authenticates every client by its certificate.
-    ConfigError if the port or the directory cannot be used, LinkError if the broker ends or does not answer.
+    ConfigError if the port, for which ``remedy`` says what to do, or the directory cannot be used; LinkError if the
+    broker ends or does not answer.
     """
     directory = directory.absolute()
     with _occupy(directory) as lock:
         for attempts_left in reversed(range(PORT_ATTEMPTS)):
-            listener = Endpoint(host=host, port=reserve(host, port), tls=secured is not None)
+            listener = Endpoint(host=host, port=reserve(host, port, remedy), tls=secured is not None)
             callout = _callout(software, secured)
             admission = _Admission(federations=federations, secured=secured, callout=callout)
             command = _configure(software, listener, directory, admission)
@@ -219,8 +222,8 @@ def _occupy(directory: Path) -> IO[bytes]:
     return lock
 
 
-def reserve(host: str, port: int) -> int:
-    """Return ``port``, or a free port for 0, after a trial to listen on it; ConfigError if that fails."""
+def reserve(host: str, port: int, remedy: str = CHOOSE) -> int:
+    """Return ``port``, or a free port for 0, after a trial to listen on it; ConfigError with ``remedy`` if it fails."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as trial:
@@ -230,7 +233,7 @@ def reserve(host: str, port: int) -> int:
     except OSError as error:
         why = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
         place = f"port {port} of {host}" if port else host
-        raise ConfigError(f"cannot listen on {place}: {why}; choose another port (0: a free one) or host") from error
+        raise ConfigError(f"cannot listen on {place}: {why}; {remedy}") from error
     return found
 
 
