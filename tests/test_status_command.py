@@ -82,6 +82,6 @@ def test_json_has_the_health_and_the_last_100_versions(make: Make, monkeypatch: 
 
 
 def test_ages_are_for_people() -> None:
-    assert [health_text.age(each) for each in (0.4, 119, 120, 7199, 7200, 172_799, 172_800)] == [
-        "0 s", "119 s", "2 min", "120 min", "2 h", "48 h", "2 days",
+    assert [health_text.age(each) for each in (0, 0.4, 119, 120, 7199, 7200, 172_799, 172_800)] == [
+        "0 s", "less than 1 s", "119 s", "2 min", "120 min", "2 h", "48 h", "2 days",
     ]  # fmt: skip

@@ -28,6 +28,8 @@ def lines(health: Health, now: float, broker: str) -> list[str]:
 
 def age(seconds: float) -> str:
     """A duration for people, in its two largest units at most."""
+    if 0 < seconds < 1:
+        return "less than 1 s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 2 * HOUR_S:
