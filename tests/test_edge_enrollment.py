@@ -56,7 +56,8 @@ def test_the_enrolment_is_the_same_frame_each_time_until_it_is_answered() -> Non
 
 def test_a_join_that_is_interrupted_is_no_success() -> None:
     device = connected("join", state={"enrolled": False})
-    assert only(device.handle(events.StopRequested(reason="SIGINT")), Stop).code == 1
+    stop = only(device.handle(events.StopRequested(reason="SIGINT")), Stop)
+    assert (stop.code, stop.reason) == (1, "SIGINT came before the device had joined: join again")
 
 
 @pytest.mark.parametrize("outcome", ["refused", "revoked"])

@@ -19,7 +19,7 @@ from ternbus.broker.protocol.model_messages import Candidate, Head
 from ternbus.broker.protocol.statistics import KEY as STATISTICS
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Connect, Log, Publish, StartTraining, Stop, Subscribe
-from ternbus.edge.core.enrollment import Enrollment
+from ternbus.edge.core.enrollment import Enrollment, stopped_by
 from ternbus.edge.core.evaluation import EvaluationPolicy
 from ternbus.edge.core.events import Event
 from ternbus.edge.core.fine_tuning import FineTuning
@@ -164,8 +164,7 @@ class Core:
             case events.FineTuned() | events.FineTuningFailed():
                 return self._evaluated(*self.fine_tuning.finished(event))
             case events.StopRequested():
-                unfinished = self.profile.role == "join"  # the join must be repeated
-                return self._stop(EXIT_FAILED if unfinished else EXIT_DONE, event.reason)
+                return self._stop(*stopped_by(event.reason, self.profile.role))
             case _:
                 assert_never(event)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.exit_codes import EXIT_DONE, EXIT_FAILED
 from ternbus.broker.protocol.messages import Receipt
 from ternbus.edge.core.actions import Log, Publish
 from ternbus.edge.core.pending_state import PendingState
@@ -41,3 +42,10 @@ class Enrollment:
             raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an enrollment")
         self.pending.put(replace(self.pending.state, enrolled=True))
         return [Log(event="enrolled", text=f"enrolled as {self.profile.device}")]
+
+
+def stopped_by(reason: str, role: str) -> tuple[int, str]:
+    """Exit code and words of a device that is asked to stop: one that joins has not joined yet."""
+    if role == "join":
+        return EXIT_FAILED, f"{reason} came before the device had joined: join again"
+    return EXIT_DONE, reason
