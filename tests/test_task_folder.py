@@ -209,6 +209,40 @@ def test_a_task_with_the_name_of_another_module_is_refused_in_words(here: Path, 
     assert words.endswith(" has the same name; rename your file")
 
 
+@pytest.fixture
+def installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a virtual environment inside the task's folder has its libraries."""
+    packages = here / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    monkeypatch.syspath_prepend(packages)
+    return packages
+
+
+def test_a_virtual_environment_in_the_task_s_folder_has_names_that_are_taken_too(here: Path, installed: Path) -> None:
+    (installed / "a_library").mkdir()
+    library = installed / "a_library" / "__init__.py"
+    library.write_text("")
+    (here / "a_library.py").write_text(TASK)
+    taken = f"cannot import 'a_library' from {here}: {library} has the same name; "
+    assert refused("a_library:TASK") == f"{taken}rename your file"
+    (here / "my_task.py").write_text("from a_library import own_reader\n")
+    assert refused("my_task:TASK").endswith("; another a_library is imported than a_library.py of the task: rename it")
+
+
+def test_a_task_in_a_folder_with_a_library_s_name_is_named_by_its_path(here: Path, installed: Path) -> None:
+    """As opacus, which installs a package `examples`."""
+    for folder in (installed, here):
+        (folder / "a_package").mkdir()
+    library = installed / "a_package" / "__init__.py"
+    library.write_text("")
+    (here / "a_package" / "my_task_in_it.py").write_text("from ternbus.edge.tasks.digits_numpy import TASK\n")
+    taken = f"cannot import 'a_package' from {here}: {library} has the same name; "
+    assert refused("a_package.my_task_in_it:TASK") == f"{taken}name the task by its path, a_package/my_task_in_it.py"
+    assert load_task("a_package/my_task_in_it.py").name == "digits-numpy"
+    (here / "a_package" / "__init__.py").write_text("")
+    assert refused("a_package/my_task_in_it.py") == f"{taken}rename your folder"
+
+
 RAISES = """
 class Own:
     default_plan = {}

@@ -55,6 +55,12 @@ def holds(folder: Path, module: str) -> bool:
     return found is not None and found.loader is not None and module.partition(".")[0] != OURS
 
 
+def is_of(folder: Path, module: str, place: str) -> bool:
+    """Whether the file or folder is that of the folder's own module: a virtual environment may lie below, too."""
+    own = folder.joinpath(*module.split("."))
+    return Path(place).parent in (own, own.parent)
+
+
 def taken_by(folder: Path, module: str) -> str:
     """The path of another module with this name, or "Python" for a built-in one; empty if there is none."""
     top = module.partition(".")[0]
@@ -63,7 +69,7 @@ def taken_by(folder: Path, module: str) -> str:
     if spec is None or (loaded is None and spec.origin is None):  # a file has precedence over a folder elsewhere
         return ""
     places = [spec.origin] if spec.has_location and spec.origin else list(spec.submodule_search_locations or [])
-    if any(Path(place).is_relative_to(folder) for place in places):
+    if any(is_of(folder, top, place) for place in places):
         return ""
     return places[0] if places else "Python"
 

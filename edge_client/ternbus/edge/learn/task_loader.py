@@ -223,7 +223,8 @@ class _Reference:
     def load(self, spec: str) -> Task:
         if self.folder is not None and (taken := task_folder.taken_by(self.folder, self.module)):
             name = self.module.partition(".")[0]
-            raise ConfigError(f"cannot import {name!r} from {self.folder}: {taken} has the same name; rename your file")
+            other = _other_name(self.folder, self.module)
+            raise ConfigError(f"cannot import {name!r} from {self.folder}: {taken} has the same name; {other}")
         try:
             if self.folder is None:
                 return self._task(spec, importlib.import_module(self.module))
@@ -278,7 +279,7 @@ class _Reference:
         if isinstance(error, ImportError) and "relative import" in described(error):
             return "; write PACKAGE.MODULE:ATTRIBUTE, and run the command in the folder above the package"
         path = _read(error, "path") if isinstance(error, ImportError) else None
-        if self.folder is not None and isinstance(path, str) and not Path(path).is_relative_to(self.folder):
+        if self.folder is not None and isinstance(path, str) and not task_folder.is_of(self.folder, missing, path):
             return (
                 f"; another {missing} is imported than {missing}.py of the task: rename it"
                 if self._is_beside(missing)
@@ -301,6 +302,16 @@ class _Reference:
 def _refuse_our_name(folder: Path, module: str) -> None:
     if module == task_folder.OURS and (folder / f"{module}.py").exists():
         raise ConfigError(f"{folder / module}.py: {module} is the name of this library: rename the file")
+
+
+def _other_name(folder: Path, module: str) -> str:
+    """What to do where another module has the name of the task's module or package."""
+    package, dot, _ = module.partition(".")
+    if not dot:
+        return "rename your file"
+    if (folder / package / "__init__.py").exists():
+        return "rename your folder"
+    return f"name the task by its path, {module.replace('.', '/')}.py"
 
 
 def _absence(file: Path) -> str:

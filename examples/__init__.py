@@ -1,1 +1,0 @@
-"""Examples of user-defined tasks; `--task examples.NAME:TASK` selects one."""
