@@ -1,6 +1,6 @@
 """A client that was written for Flower, as a task.
 
-    ternbus lab run --task examples.flower_task:TASK
+    ternbus lab run --task examples/flower_task.py:TASK
 
 `DigitsClient`, `client_fn` and `evaluate` stand here as in an app of Flower; there `DigitsClient` is a
 `flwr.client.NumPyClient`, and `Context` is imported from `flwr.common`. What is new is `TASK`.

@@ -1,4 +1,4 @@
-"""Write the examples from_….py as notebooks beside them: python -m examples.notebooks."""
+"""Write the examples from_….py as notebooks beside them: python examples/notebooks.py."""
 
 import ast
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A task in plain numpy from a classifier in scikit-learn's style, for devices without torch.
 
     python examples/numpy_task.py
-    ternbus lab run --task examples.numpy_task:TASK
+    ternbus lab run --task examples/numpy_task.py:TASK
 
 Softmax regression on the digits that ship with Ternbus. The classifier is independent of Ternbus: `DigitsTrainer` sets
 its coefficients to those of the version, fits it, and returns the new ones. Any estimator with `warm_start` and a few

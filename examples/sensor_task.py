@@ -1,7 +1,7 @@
 """Condition monitoring of a machine by its vibration: each device has the recordings of its own machine.
 
-    ternbus edge check examples.sensor_task:TASK                  # on generated recordings
-    ternbus edge join pi-1.toml pi-1 --task examples.sensor_task:TASK --data /home/pi/recordings
+    ternbus edge check examples/sensor_task.py:TASK                  # on generated recordings
+    ternbus edge join pi-1.toml pi-1 --task examples/sensor_task.py:TASK --data /home/pi/recordings
 
 `/home/pi/recordings/train.csv` (and test.csv for an evaluator) has a row for each hundredth of a second: acceleration
 along x, y and z in g, and the machine's state: 0 healthy, 1 unbalanced, 2 a failing bearing. A header line is ignored.

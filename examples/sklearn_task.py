@@ -1,7 +1,7 @@
 """A scikit-learn classifier as a task, for devices without torch.
 
     python examples/sklearn_task.py
-    ternbus lab run --task examples.sklearn_task:TASK
+    ternbus lab run --task examples/sklearn_task.py:TASK
     ternbus aggregator export home model.safetensors
     python examples/sklearn_task.py model.safetensors
 

@@ -1,4 +1,4 @@
-"""The same as a task: ternbus lab run --task examples.torch_task:TASK --data edge_client/ternbus/edge/tasks.
+"""The same as a task: ternbus lab run --task examples/torch_task.py:TASK --data edge_client/ternbus/edge/tasks.
 
 FOLDER has digits.csv.gz: a row for each image, with 8 x 8 pixels from 0 to 16 and the digit.
 """

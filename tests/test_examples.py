@@ -24,8 +24,8 @@ DATA = ROOT / "edge_client" / "ternbus" / "edge" / "tasks"
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
+def beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def test_a_plain_script_becomes_a_task_by_less_than_15_lines() -> None:
@@ -54,7 +54,7 @@ def test_the_plain_script_and_the_task_run_alone_and_learn() -> None:
 
 
 def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation() -> None:
-    module = importlib.import_module("examples.numpy_task")
+    module = importlib.import_module("numpy_task")
     inputs, labels = module.load("train")
     found = module.SoftmaxRegression(64, 10, steps=60).fit(inputs, labels)
     test_inputs, test_labels = module.load("test")
@@ -72,7 +72,7 @@ def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation()
     ],
 )
 def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, least: float) -> None:
-    task = load_task(f"examples.{name}:TASK")
+    task = load_task(f"{EXAMPLES / name}.py:TASK")
     data = DATA if name == "torch_task" else None
     report = check(task, Conditions(data=data))
     assert not report.problems
@@ -81,6 +81,20 @@ def test_an_example_is_a_task_that_is_ready_and_learns(name: str, epochs: int, l
     start = task.initial(0)
     trained = task.trainer(data=data, partition="iid:0/2").train(start, plan, version=0, seed=0)
     assert task.evaluator(data=data).evaluate(trained.tensors).values["accuracy"] > least
+
+
+@pytest.mark.slow
+def test_the_documents_command_checks_an_example_whatever_is_installed() -> None:
+    """As the installed command is started: opacus has a package `examples`, and no PYTHONPATH helps."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = ["edge", "check", "examples/sensor_task.py:TASK"]
+    assert f"ternbus {' '.join(command)}\n" in (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "ternbus", *command],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.endswith("ready\n")
 
 
 @pytest.mark.slow
@@ -96,11 +110,8 @@ def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes
     scenario = tmp_path / "scenario.toml"
     scenario.write_text('partition = "iid"\ndevices = 2\nend = { versions = 8 }\n')
     out = tmp_path / "out"
-    lab = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--task", "examples.sklearn_task:TASK"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [*lab, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False
-    )
+    lab = [sys.executable, "-m", "ternbus", "lab", "run", str(scenario), "--task", "examples/sklearn_task.py:TASK"]
+    ran = subprocess.run([*lab, "--out", str(out)], cwd=ROOT, capture_output=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr.decode()
     federated = printed(str(out / "model.safetensors"))
     assert federated > 0.88
@@ -108,7 +119,7 @@ def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes
 
 
 def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_for_them(tmp_path: Path) -> None:
-    module = importlib.import_module("examples.sensor_task")
+    module = importlib.import_module("sensor_task")
     table = module.recording(seed=3, minutes=1)
     np.savetxt(tmp_path / "train.csv", table, delimiter=",", header="x,y,z,state", comments="")
     inputs, labels = module.data(tmp_path, "train")
@@ -120,7 +131,7 @@ def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_fo
 
 
 def test_the_sensor_task_trains_in_no_window_in_which_the_state_changes() -> None:
-    module = importlib.import_module("examples.sensor_task")
+    module = importlib.import_module("sensor_task")
     table = np.zeros((250, 4))
     table[:, 0] = np.arange(250)
     table[120:, 3] = 2

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,8 @@ from ternbus.edge.shell.worker import train
 from ternbus.edge.tasks.digits_data import load
 from ternbus.lab.scenario.resolve import settled
 from ternbus.lab.scenario.scenario import Local, Scenario
+
+EXAMPLE = f"{Path(__file__).parent.parent}/examples/flower_task.py:TASK"
 
 
 class Client:
@@ -316,7 +319,7 @@ def test_an_exception_of_the_client_names_its_own_line() -> None:
 
 
 def test_the_example_federates_as_well_as_it_trains_alone() -> None:
-    task: Any = load_task("examples.flower_task:TASK")
+    task: Any = load_task(EXAMPLE)
     found = simulated(task, devices=4, versions=20)
     alone = task.trainer(data=None, partition="all")
     model = task.initial(0)
@@ -329,6 +332,6 @@ def test_the_example_federates_as_well_as_it_trains_alone() -> None:
 
 
 def test_a_device_with_the_example_reports_on_its_client_s_validation_data() -> None:
-    task: Any = load_task("examples.flower_task:TASK")
+    task: Any = load_task(EXAMPLE)
     found = simulated(task, devices=2, versions=3, local=Local(hold_out=0.1))
     assert found.updates >= 3

@@ -1,6 +1,6 @@
 """Algorithms of the user's own in a simulation, checked against their formulas."""
 
-import sys
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from support.arrays import CLIENTS, TEST, linear
 from ternbus.broker.errors import ConfigError
 from ternbus.lab import Federation, Job, Run, Update
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from examples.own_algorithms import fednova, scaffold
-
 pytestmark = pytest.mark.slow
+EXAMPLE = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "own_algorithms.py"))
+fednova, scaffold = EXAMPLE["fednova"], EXAMPLE["scaffold"]
 EXACT = {"settings": {"downlink.codec": "float32"}, "merge": {"influence_bound": "none"}, "sync": True}
 PLAN = {"learning_rate": 0.05, "momentum": 0.0, "batch_size": 10, "codec": "float32"}
 

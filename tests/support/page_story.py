@@ -107,6 +107,7 @@ class Story:
         self.page, self.folder, self.current = page, folder, folder
         self.names: dict[str, str] = {"/backups": str(folder / "backups")}
         self.logs = folder / ".logs"
+        (folder / "examples").symlink_to(ROOT / "examples")
         self.port = 0
         self._services: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
         self._begun: dict[str, int] = {}  # where the log of a service's newest run begins
@@ -115,7 +116,7 @@ class Story:
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin",
             "HOME": str(folder),
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",  # for examples.NAME and support.page_data
+            "PYTHONPATH": str(ROOT / "tests"),  # for support.page_data
             "MPLBACKEND": "agg",
             "OMP_NUM_THREADS": "1",  # torch in many processes at once is slower with more
         }
