@@ -1,6 +1,9 @@
 """`ternbus edge check` tries what the federation's plan and a device's own settings ask for."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,6 +75,25 @@ def test_batch_norm_cannot_train_on_a_batch_of_one_sample() -> None:
     assert "a device with one sample cannot train: train() raised ValueError: Expected more than 1" in report.notes[-1]
     (problem,) = asked(NORMED, {"batch_size": 1}).problems
     assert problem.startswith("train() raised ValueError: Expected more than 1 value per channel")
+
+
+@pytest.mark.slow
+def test_a_layer_that_does_not_take_the_data_is_no_fault_of_a_file_of_this_library(tmp_path: Path) -> None:
+    """As the command is installed: no path tells which source is this library's where it is editable."""
+    (tmp_path / "wide.py").write_text(
+        "import torch\nfrom torch import nn\nfrom ternbus.edge import TorchTask\n"
+        "def data(folder, split):\n    return torch.ones(60, 20), torch.arange(60) % 3\n"
+        "TASK = TorchTask(name='wide', model=lambda: nn.Linear(21, 3), data=data)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-P", "-m", "ternbus", "edge", "check", "wide:TASK", "--json"], cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    says = "raised RuntimeError: mat1 and mat2 shapes cannot be multiplied ({}x20 and 21x3); look at the task's model, "
+    train, evaluate = json.loads(ran.stdout)["problems"]
+    assert train == f"train() {says.format(32)}loss and data"
+    assert evaluate == f"evaluate() {says.format(60)}loss and data"
 
 
 def test_an_owner_of_one_sample_is_a_problem_where_one_sample_cannot_be_trained() -> None:

@@ -117,9 +117,11 @@ def test_a_bug_comes_with_its_traceback_for_the_log(tmp_path: Path) -> None:
 
 
 def test_a_bug_below_the_tasks_own_code_is_named_too(tmp_path: Path) -> None:
-    """A label that the model has no output for: no line of the task is in the traceback."""
-    found = failed(tmp_path, data="return INPUTS, TARGETS + 1")
-    assert "IndexError: Target 3 is out of bounds" in found.reason
+    """A label that the model has no output for, and inputs that its layer does not take: no line is the task's."""
+    assert "IndexError: Target 3 is out of bounds" in failed(tmp_path, data="return INPUTS, TARGETS + 1").reason
+    found = failed(tmp_path, data="return INPUTS[:, :7], TARGETS")
+    said = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (30x7 and 8x3)"
+    assert found.reason == f"a bug in the task: {said}{IN_BATCH}; look at the task's model, loss and data"
 
 
 @pytest.mark.parametrize(

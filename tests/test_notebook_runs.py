@@ -298,6 +298,24 @@ def test_a_bug_in_a_clients_training_names_client_batch_and_line() -> None:
     assert "raise ValueError" in "".join(raised.value.__notes__)
 
 
+def test_labels_that_the_model_has_no_output_for_are_of_a_client_or_of_the_test_data() -> None:
+    inputs, labels = np.ones((40, 1), np.float32), np.arange(40) % 3
+    clients = {"good": (inputs, labels), "odd": (inputs, labels + 5)}
+
+    def scores() -> nn.Module:
+        return nn.Linear(1, 3)
+
+    with pytest.raises(ClientError) as raised:
+        simulated(Federation(scores, clients=clients, test=(inputs, labels)))
+    assert re.fullmatch(
+        "odd, training on version 0: a bug in the task: IndexError: Target [567] is out of bounds. The model has "
+        r"outputs for the classes 0 to 2 \(in batch 1 of 1\); look at the task's model, loss and data",
+        str(raised.value),
+    )
+    with pytest.raises(ConfigError, match="fails in the evaluation of version 0 on the test data: a bug in the task: "):
+        simulated(Federation(scores, clients=clients, test=0.2))
+
+
 def test_a_training_that_diverges_is_a_failure_of_the_federation_and_no_bug() -> None:
     with pytest.raises(Exception, match=r"no device can train\n.* cannot train: training diverged"):
         simulated(plan={"learning_rate": 1000.0, "local_epochs": 50})

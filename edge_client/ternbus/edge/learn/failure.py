@@ -13,11 +13,15 @@ from ternbus.edge.plan.plan import Plan
 
 TRACE_CHARS: Final = 10_000
 IN_BATCH: Final = "in batch "
+LOOK_AT: Final = "look at the task's model, loss and data"  # where no line of the task is in the traceback
 NO_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")  # as PyTorch says it
 
 
 def describe(error: BaseException) -> str:
-    """The reason and what to do, in one line. For a bug, file and line of the task's own code are named."""
+    """The reason and what to do, in one line. For a bug, file and line of the task's own code are named.
+
+    Without one, as where a layer of the model does not take the data, it says what to look at.
+    """
     if isinstance(error, FederationError):
         return " ".join(str(error).split())
     if is_memory(error):
@@ -26,8 +30,9 @@ def describe(error: BaseException) -> str:
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
         return f"{'missing data' if missing else 'cannot read data'}: {error.filename}: {error.strerror}"
     place = location_of(error)
-    where = f"{Path(place[0]).name}, line {place[1]}: " if place is not None else ""
-    return f"a bug in the task: {where}{described(error)}{_batch_of(error)}"
+    if place is None:
+        return f"a bug in the task: {described(error)}{_batch_of(error)}; {LOOK_AT}"
+    return f"a bug in the task: {Path(place[0]).name}, line {place[1]}: {described(error)}{_batch_of(error)}"
 
 
 def note_batch(error: BaseException, number: int, count: int) -> None:
@@ -56,20 +61,21 @@ def looking_at_data(plan: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def explained(task: str, *, lacks_data: bool = False) -> Iterator[None]:
+def explained(task: str, *, during: str = "", lacks_data: bool = False) -> Iterator[None]:
     """One line in place of any exception of the task's code that ends the process.
 
-    `StorageError` if the disk or the memory may serve another time, else `ConfigError`. ``lacks_data``: no folder of
-    data was named, which may be the reason.
+    `StorageError` if the disk or the memory may serve another time, else `ConfigError`. ``during`` is what was done, if
+    the reader does not know. ``lacks_data``: no folder of data was named, which may be the reason.
     """
+    fails = f"the task {task} fails in {during}" if during else f"the task {task} fails"
     try:
         yield
     except TrainingError as error:  # of an evaluation, which nobody tries again
-        raise ConfigError(f"the task {task} fails: {describe(error)}") from error
+        raise ConfigError(f"{fails}: {describe(error)}") from error
     except FederationError:
         raise
     except code_errors() as error:
-        text = f"the task {task} fails: {describe(error)}"
+        text = f"{fails}: {describe(error)}"
         if is_memory(error) or (isinstance(error, OSError) and error.errno not in WRONG_PATH):
             raise StorageError(text) from error
         raise ConfigError(text + data_hint(error, lacks_data=lacks_data)) from error

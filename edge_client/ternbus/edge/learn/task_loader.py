@@ -14,10 +14,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Final, Self
 
-import ternbus
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded
 from ternbus.broker.printable import printable
@@ -44,7 +43,7 @@ BUILT_IN_TASKS: Mapping[str, str] = {
 }
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
 SHOWN_CHARS: Final = 300  # of the message of an error of a task
-OTHERS: Final = (str(Path(os.__file__).parent), *ternbus.__path__)  # folders of code that no task's author wrote
+STANDARD_LIBRARY: Final = Path(os.__file__).parent
 
 
 def load_task(spec: str) -> Task:
@@ -93,8 +92,8 @@ def location_of(error: BaseException) -> tuple[str, int] | None:
         file, line = _read(error, "filename"), _read(error, "lineno")
         if isinstance(file, str) and isinstance(line, int) and file and line and _is_own(file):
             return file, line
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return next(((file, line) for file, line in reversed(frames) if _is_own(file)), None)
+    frames = reversed([*traceback.walk_tb(error.__traceback__)])
+    return next(((frame.f_code.co_filename, line) for frame, line in frames if _runs_own(frame)), None)
 
 
 def import_hint(error: BaseException) -> str:
@@ -162,7 +161,13 @@ def _missing(error: BaseException) -> str:
 
 
 def _is_own(file: str) -> bool:
-    return file[:1] != "<" and "-packages" not in file and not any(Path(file).is_relative_to(other) for other in OTHERS)
+    return file[:1] != "<" and "-packages" not in file and not Path(file).is_relative_to(STANDARD_LIBRARY)
+
+
+def _runs_own(frame: FrameType) -> bool:
+    """By name, Ternbus is known wherever its source lies, also where it is installed as editable."""
+    top = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return top != task_folder.OURS and _is_own(frame.f_code.co_filename)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

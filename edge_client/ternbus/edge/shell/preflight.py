@@ -24,7 +24,7 @@ from ternbus.edge.core.profile import schema_mismatch
 from ternbus.edge.core.state import prepare
 from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.compress import compress
-from ternbus.edge.learn.failure import data_hint
+from ternbus.edge.learn.failure import LOOK_AT, data_hint
 from ternbus.edge.learn.kinds import staying, tensor_kinds
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import watched
@@ -323,7 +323,8 @@ class _Check:
         except code_errors() as error:
             message = import_hint(error) or f"{what} raised {described(error)}"
             lacks_data = self._conditions.data is None and what in ("trainer()", "evaluator()")
-            self._stop(f"{message}{_place(error)}{_hint(error)}{data_hint(error, lacks_data=lacks_data)}")
+            where = _place(error) or _no_place(what)
+            self._stop(f"{message}{where}{_hint(error)}{data_hint(error, lacks_data=lacks_data)}")
 
     def problem(self, text: str) -> None:
         if text not in self.report.problems:
@@ -345,6 +346,11 @@ def _place(error: BaseException) -> str:
     """File and line of the user's own code in which it was raised, or from which that was called."""
     place = location_of(error)
     return "" if place is None else f" ({Path(place[0]).name}, line {place[1]})"
+
+
+def _no_place(what: str) -> str:
+    """What to look at instead, where the model meets the data."""
+    return f"; {LOOK_AT}" if what.startswith(("train()", "evaluate()")) else ""
 
 
 def _hint(error: BaseException) -> str:

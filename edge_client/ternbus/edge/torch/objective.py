@@ -134,7 +134,10 @@ def default_loss(outputs: Tree, targets: Tree) -> Any:
             "the targets are numbers with a fraction, and cross entropy needs classes: give the task a loss, such as "
             "nn.MSELoss(), or nn.BCEWithLogitsLoss() for several labels"
         )
-    return functional.cross_entropy(scores, targets)
+    try:
+        return functional.cross_entropy(scores, targets)
+    except IndexError as error:  # PyTorch names the target, but not what there is
+        raise IndexError(f"{error} The model has outputs for the classes 0 to {scores.shape[1] - 1}") from error
 
 
 def _are_shares(targets: Tensor, scores: Tensor) -> bool:

@@ -323,7 +323,7 @@ class Simulation:
         )
 
     def _evaluate(self, version: int, vector: Vector) -> Evaluation:
-        with explained(self._scenario.task):
+        with explained(self._scenario.task, during=f"the evaluation of version {version} on the test data"):
             tensors = to_tensors(self.schema, vector)
             found = evaluated_by(self._evaluator, tensors, self._plan)
             values = found.finite | self._of_widths(tensors, found.finite)
