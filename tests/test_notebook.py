@@ -193,7 +193,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"plan": {"learning_rate": -1}}, "learning_rate"),
     ({"merge": {"bufer_size": 2}}, "merge has no key 'bufer_size' .do you mean buffer_size"),
     ({"settings": {"optimiser.name": "fedadam"}}, "do you mean optimizer.name"),
-    ({"verions": 3}, "no argument 'verions'"),
+    ({"verions": 3}, "no argument 'verions' .do you mean versions.*: there are versions, seed, .*vectorise.*, sync, "),
     ({"versions": 0}, "end.versions is 0"),
     ({"speeds": [1.0]}, "speeds has 1 numbers for 2 devices"),
     ({"speeds": {"alice": 1, "carol": 2}}, "no device 'carol'"),

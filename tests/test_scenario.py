@@ -142,7 +142,8 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("divices = 3", "unknown key 'divices'"),
+        ("divices = 3", "unknown key 'divices' (do you mean devices?); known keys: "),
+        ("[privat]\nhelpers = 2", "unknown key 'privat' (do you mean private?); known keys: "),
         ("[speeds]\nmean = 1", "unknown key 'speeds.mean'"),
         ("[broker]\nport = 1", "unknown key 'broker.port'"),
         ("[end]\nrounds = 1", "unknown key 'end.rounds'"),

@@ -199,7 +199,7 @@ class Federation:
         watching = [Progress()] if callbacks is None else checked(callbacks)
         given = Choices(versions=versions, seed=seed, plan=plan, merge=merge, settings=settings, speeds=speeds,
                         more=scenario)  # fmt: skip
-        wanted = scenario_of(self._scenario, given, self.devices)
+        wanted = scenario_of(self._scenario, given, self.devices, self.simulate)
         task = placed(self.task, device)
         hooks = algorithms.Hooks.of(merge_rule, server_optimizer, client)
         how = Computation(jobs=jobs, vectorise=vectorise)

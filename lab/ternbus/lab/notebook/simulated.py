@@ -1,6 +1,7 @@
 """The scenario of a run: what the caller chooses, checked by the names that there are."""
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -53,9 +54,13 @@ class Choices:
         return found | ({} if self.speeds is None else {"speeds": self.speeds})
 
 
-def scenario_of(base: Scenario, given: Choices, names: Sequence[str]) -> Scenario:
-    """The federation's scenario with these choices. Raises `ConfigError` for a name or a value that is wrong."""
-    refuse_unknown(given.more, FURTHER, "simulate() has no argument")
+def scenario_of(base: Scenario, given: Choices, names: Sequence[str], simulate: Callable[..., Any]) -> Scenario:
+    """The federation's scenario with these choices. Raises `ConfigError` for a name or a value that is wrong.
+
+    ``simulate`` is the method that was called, whose arguments an error names.
+    """
+    named = [each.name for each in inspect.signature(simulate).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    refuse_unknown(given.more, [*named, *FURTHER], "simulate() has no argument")
     merge, settings = given.merge or {}, given.settings or {}
     refuse_unknown(merge, MERGE, "merge has no key")
     refuse_unknown(settings, SETTINGS, "settings has no key")

@@ -312,7 +312,7 @@ def _named(table: Mapping[str, object], source: str) -> Scenario:
 def parse(table: Mapping[str, object]) -> Scenario:
     """The scenario in a parsed TOML table. A missing key has its default; `ConfigError` for an unknown key."""
     top = Table(table, "")
-    broker = top.table("broker")
+    broker, sums = top.table("broker"), top.table("private")
     given = {
         "task": top.text("task"),
         "devices": top.whole("devices"),
@@ -332,7 +332,7 @@ def parse(table: Mapping[str, object]) -> Scenario:
         "faults": tuple(_fault(row) for row in top.rows("fault")),
         "narrow": _narrow(top.table("narrow")),
         "local": _local(top.table("local")),
-        "private": private.parse(top.table("private")) if "private" in table else None,
+        "private": private.parse(sums) if "private" in table else None,
         "simulate": simulated.parse(top.table("simulate")),
         "availability": availability.parse(top.table("availability")),
     }

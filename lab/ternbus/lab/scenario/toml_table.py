@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ternbus.broker.errors import ConfigError
+from ternbus.lab.spelling import meant
 
 
 def within(name: str, value: float, least: float, most: float) -> None:
@@ -80,7 +81,8 @@ class Table:
         """Raise `ConfigError` for a key that was not read before."""
         for key in self._values:
             if key not in self._known:
-                raise ConfigError(f"unknown key {self._path(key)!r}; known keys: {', '.join(self._known)}")
+                known = ", ".join(self._known)
+                raise ConfigError(f"unknown key {self._path(key)!r}{meant(key, self._known)}; known keys: {known}")
 
     def _get(self, key: str) -> object:
         self._known.append(key)
