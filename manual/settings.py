@@ -29,10 +29,10 @@ seconds.
 AGGREGATOR = """\
 ## aggregator.toml
 
-`ternbus aggregator init` writes the file, with the meaning of each key beside it. `--set
-SECTION.KEY=VALUE` at `init` and `up` sets one. Changes are in force after a restart. Two keys stand
-above the sections: `federation`, its name, and `broker`, its URL. The [keys of the plan](#the-plan)
-are in the section `[plan]`.
+`ternbus aggregator init` writes the file, with the meaning of each key beside it, and
+`--set SECTION.KEY=VALUE` sets one. Changes are in force after a restart. Two keys stand above the
+sections: `federation`, its name, and `broker`, its URL. The [keys of the plan](#the-plan) are in
+the section `[plan]`.
 """
 PLAN = """\
 ## The plan

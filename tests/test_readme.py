@@ -114,6 +114,13 @@ def test_every_command_and_option_that_a_page_names_exists(page: Path) -> None:
             assert option in known, f"ternbus {' '.join(names)} has no {option}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_option_of_a_command_in_the_text_of_a_page_exists(page: Path) -> None:
+    said = r"`(--[a-z-]+)[^`]*`\s+of\s+`(?:ternbus )?([a-z]+) ([a-z-]+)[^`]*`"
+    for option, component, command in re.findall(said, page.read_text(encoding="utf-8")):
+        assert option in help_of(component, command), f"ternbus {component} {command} has no {option}"
+
+
 def test_the_scenarios_of_the_lab_page_are_some() -> None:
     whole, *parts = blocks(ROOT / "docs" / "lab.md", "toml")
     assert scenario.loads(whole, "docs/lab.md").devices == 20
