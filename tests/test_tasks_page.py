@@ -44,6 +44,7 @@ REACHED = {
     "readings": ("accuracy", 0.8, 1.0),
     "sentences": ("loss", 0.0, 0.5),
     "gan": ("distance", 0.0, 1.5),
+    "softmax": ("accuracy", 0.8, 1.0),
 }
 
 
