@@ -139,6 +139,16 @@ def test_the_figures_are_those_of_the_model() -> None:
     assert 9610 * 1.7 / 8 < int(facts["update_float32_bytes"]) <= 9610 * 4
 
 
+def test_what_is_sent_as_float32_is_not_said_to_be_ternary() -> None:
+    small = Odd(made=lambda: {"w": np.zeros(3, np.float32)})
+    object.__setattr__(small, "evaluator", lambda *, data: small)
+    sent = {}
+    for name, task in (("small", small), ("digits", load_task("digits-numpy"))):
+        (sent[name],) = [line.strip() for line in check(task).lines() if "sent as" in line]
+    assert sent["small"].startswith("sent as float32, for want of a tensor large enough for ternary, in 1 part; ")
+    assert sent["digits"].startswith("sent as ternary, but 138 parameters as float32, in 1 part; ")
+
+
 def test_the_command_prints_and_its_exit_code_says_whether_the_task_is_ready(tmp_path: Path) -> None:
     run = CliRunner().invoke
     ready = run(app, ["check", "digits-numpy", "--json"])

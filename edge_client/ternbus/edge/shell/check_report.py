@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ternbus.broker.protocol.ternary import TERNARY
+
 
 @dataclass(slots=True, kw_only=True)
 class Report:
@@ -28,12 +30,21 @@ class Report:
             private = f"{self._size('private')}; as ternary " if "update_private_bytes" in facts else ""
             lines.append(f"update     {private}{self._size('ternary')}; as float32 {self._size('float32')}")
             parts = _counted("part", facts["parts"])
-            lines.append(f"           sent as {facts['codec']} in {parts}; encoded and decoded in {facts['codec_s']} s")
+            lines.append(f"           sent as {self._codec()} in {parts}; encoded and decoded in {facts['codec_s']} s")
         if "test_samples" in facts:
             lines.append(f"evaluation {_counted('sample', facts['test_samples'])}: {facts['evaluation_s']} s")
         lines += [f"note: {text}" for text in self.notes]
         lines += [f"problem: {text}" for text in self.problems]
         return [*lines, "not ready: fix the problems above" if self.problems else "ready"]
+
+    def _codec(self) -> str:
+        """The plan's codec; with the ternary one, tensors of few elements are dense, and sent as float32."""
+        codec, dense = str(self.facts["codec"]), int(self.facts["dense_parameters"])
+        if codec != TERNARY or not dense:
+            return codec
+        if dense == self.facts["parameters"]:
+            return "float32, for want of a tensor large enough for ternary,"
+        return f"{codec}, but {_counted('parameter', dense)} as float32,"
 
     def _size(self, codec: str) -> str:
         size = int(self.facts[f"update_{codec}_bytes"])

@@ -158,7 +158,8 @@ class _Check:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self._note(f"{names[0]}{more}: {why}")
         self._try("initial()", lambda: tensor_kinds(self._task, start))
-        self.report.facts |= {"tensors": len(start), "parameters": schema.elements}
+        sizes = {"parameters": schema.elements, "dense_parameters": schema.dense_elements}
+        self.report.facts |= {"tensors": len(start), **sizes}
         vector = to_vector(schema, start)
         if not is_bounded(vector):
             self._stop("initial() returned a number beyond 2^40: no aggregator takes such a model")
