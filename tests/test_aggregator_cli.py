@@ -188,6 +188,28 @@ def test_export_writes_the_model(tmp_path: Path, model: Path) -> None:
     assert "cannot write" in run("export", directory, tmp_path / "none" / "out.safetensors", code=2)
 
 
+def test_a_path_that_cannot_be_written_is_one_line_that_says_why(tmp_path: Path, model: Path) -> None:
+    directory = tmp_path / "agg"
+    init(directory, model)
+    for name, why in (
+        ("", "it is a folder, not a file; give the path of a file"),
+        (".", "it is a folder, not a file; give the path of a file"),
+        ("agg", "it is a folder, not a file; give the path of a file"),
+        ("none/out", "there is no folder none; make it, or correct the path"),
+        (f"{model}/out", f"{model} is a file, not a folder; give another path"),
+    ):
+        path = name or "."
+        said = f"ternbus: cannot write {path}: {why}\n"
+        assert typed(tmp_path, "aggregator", "export", "agg", name, code=2) == said
+        assert typed(tmp_path, "edge", "init-model", "digits-numpy", name, code=2) == said
+        said = f"ternbus: cannot use {path}: {why}\n"
+        assert typed(tmp_path, "aggregator", "log", "export", "agg", name, code=2) == said
+    for command in (("backup", "agg"), ("invite", "agg", "pi", "--out")):
+        said = typed(tmp_path, "aggregator", *command, f"{model}/out", code=2)
+        assert said.startswith(f"ternbus: cannot use {model}/out")
+        assert f": {model} is a file, not a folder; give another path\n" in said
+
+
 # --- beside a running one
 
 

@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     complaint = refused("--dir", str(tmp_path / "file" / "data"), "--port", "0")
     assert (
         complaint == f"ternbus: cannot write to the broker's directory {tmp_path / 'file' / 'data'}: "
-        f"{tmp_path / 'file' / 'data'}: Not a directory\n"
+        f"{tmp_path / 'file' / 'data'}: {tmp_path / 'file'} is a file, not a folder; give another path\n"
     )
 
 

@@ -179,9 +179,13 @@ def test_an_unreachable_broker_is_one_line_and_exit_code_1(fake_lab: Path) -> No
         (["storage"], 1, "agg/ledger.sqlite: database or disk is full"),
         (["unanswered"], 1, "the aggregator did not answer"),
         (["corrupt"], 2, "agg/ledger.sqlite: malformed"),
-        (["write", "/dev/full"], 1, "No space left on device: /dev/full"),
-        (["write", "none/file"], 2, "No such file or directory: none/file"),
-        (["write", "."], 2, "Is a directory: ."),
+        (
+            ["write", "/dev/full"],
+            1,
+            "cannot write /dev/full: No space left on device; make room or choose another disk",
+        ),
+        (["write", "none/file"], 2, "cannot use none/file: there is no folder none; make it, or correct the path"),
+        (["write", "."], 2, "cannot use .: it is a folder, not a file; give the path of a file"),
     ],
 )
 def test_a_fault_of_a_disk_is_one_line_that_names_the_file(
@@ -195,7 +199,7 @@ def test_a_file_that_a_full_disk_takes_a_part_of_is_named(fake_lab: Path) -> Non
     limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"
     done = ended([sys.executable, "-c", limited + WITH_FAKE_LAB, "lab", "keep", "secret"], fake_lab)
-    assert (done.returncode, done.stderr) == (1, "ternbus: File too large: secret\n")
+    assert (done.returncode, done.stderr) == (1, "ternbus: cannot write secret: File too large\n")
     assert sorted(path.name for path in fake_lab.iterdir() if path.suffix != ".py" and path.is_file()) == []
 
 

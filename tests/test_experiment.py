@@ -177,7 +177,7 @@ def test_a_file_that_is_no_text_or_no_file_is_refused(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"small\.toml: No such file"):
         experiment.load(str(file))
     file.mkdir()
-    with pytest.raises(ConfigError, match=r"small\.toml: Is a directory"):
+    with pytest.raises(ConfigError, match=r"small\.toml: it is a folder"):
         experiment.load(str(file))
 
 

@@ -15,6 +15,7 @@ from ternbus.broker.files import (
     read_key,
     read_secret,
     replacing,
+    storing,
     write_key,
     write_secret,
 )
@@ -76,6 +77,54 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "folder", "folder/"])
+def test_a_folder_is_not_replaced_by_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    path = Path(name)
+    with pytest.raises(ConfigError) as caught, storing(path), replacing(path):
+        raise KeyError  # it is refused before anything is written
+    assert str(caught.value) == f"cannot use {path}: it is a folder, not a file; give the path of a file"
+    assert names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none/deep/file", "there is no folder none/deep; make it, or correct the path"),
+        ("file/deep/file", "file is a file, not a folder; give another path"),
+    ],
+)
+def test_an_error_names_the_file_that_was_asked_for(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    path = Path(name)
+    with pytest.raises(ConfigError) as caught, storing(path), replacing(path):
+        raise KeyError
+    assert str(caught.value) == f"cannot use {name}: {said}"
+
+
+def test_a_folder_in_the_place_of_the_partial_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "key.partial").mkdir()
+    with pytest.raises(ConfigError, match=r"key\.partial: it is a folder"), storing(tmp_path / "key"):
+        write_secret(tmp_path / "key", b"secret")
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.touch()
+    with pytest.raises(ConfigError) as caught, storing(path):
+        path.mkdir(exist_ok=True)
+    assert str(caught.value) == f"cannot use {path}: it is a file, not a folder; give another path"
+
+
+def test_an_error_of_a_path_that_may_be_right_is_told_in_the_system_s_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^cannot use {tmp_path}: File exists$"), storing(tmp_path):
+        tmp_path.mkdir()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -48,6 +48,8 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
         load_safetensors(path)
     with pytest.raises(ConfigError, match="cannot write"):
         save_safetensors(tmp_path / "none" / "model.safetensors", model(), {})
+    with pytest.raises(ConfigError, match=r"^cannot write \.: it is a folder, not a file; give the path of a file$"):
+        save_safetensors(Path(), model(), {})
 
 
 def test_bfloat16_is_asked_to_be_saved_otherwise(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     with pytest.raises(ConfigError, match=r"^cannot read .*x\.toml: No such file or directory$"):
         load_toml(path)
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match=r"it is a folder, not a file; give the path of a file$"):
         load_toml(tmp_path)
     path.write_bytes(b"a = '\xff'")
     with pytest.raises(ConfigError, match=r"x\.toml is not valid TOML: byte 5 is not UTF-8; save the file as UTF-8$"):

@@ -35,9 +35,9 @@ def _ended(
     """How a command ended, and the line and exit code of the exception that ended it; a bug is raised."""
     with chdir(folder):
         done = CliRunner().invoke(app, [*map(str, words)], env=environment)
-    if not isinstance(done.exception, Exception):
-        return done, None
-    known = complaint(done.exception)
+        if not isinstance(done.exception, Exception):
+            return done, None
+        known = complaint(done.exception)  # in that folder: it may look at the path
     if known is None:
         raise done.exception
     return done, known

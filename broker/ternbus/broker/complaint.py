@@ -1,6 +1,5 @@
 """What a command says when it ends by an exception, and with which exit code."""
 
-import errno
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -8,9 +7,9 @@ from typing import Final
 
 from ternbus.broker.errors import WRONG_PATH, ConfigError, CorruptError, FederationError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_FAILED
+from ternbus.broker.path_errors import DISK, sentence
 from ternbus.broker.streams import prepare_streams
 
-DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 NAMELESS: Final = "standard output, or a file that the system does not name"  # every file of ours is named
 
 
@@ -26,11 +25,15 @@ def complaint(error: Exception) -> tuple[str, int] | None:
         case BrokenPipeError():
             return None
         case OSError():
-            name = error.filename or (NAMELESS if error.errno in DISK else "")
-            text = f"{error.strerror or error}{f': {name}' if name else ''}"
-            return text, EXIT_CONFIG if error.errno in WRONG_PATH else EXIT_FAILED
+            return _of_the_system(error), EXIT_CONFIG if error.errno in WRONG_PATH else EXIT_FAILED
         case _:
             return None
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.filename:
+        return sentence(error, error.filename)
+    return f"{error.strerror or error}{f': {NAMELESS}' if error.errno in DISK else ''}"
 
 
 def end_in_words(main: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """Files on disk: secrets, key files, atomic durable writes, and locks between processes."""
 
+import errno
 import fcntl
 import os
 import shlex
@@ -13,7 +14,8 @@ from typing import IO, Any, Final
 
 from ternbus.broker import toml
 from ternbus.broker.crash_points import reached
-from ternbus.broker.errors import FORBIDDEN, WRONG_PATH, ConfigError, StorageError
+from ternbus.broker.errors import WRONG_PATH, ConfigError, StorageError
+from ternbus.broker.path_errors import sentence
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
@@ -53,32 +55,38 @@ def replacing(path: Path, *, mode: int = 0o666, concurrent: bool = False) -> Ite
     ``concurrent`` if several processes may write ``path`` at the same time. The next call removes a partial file that
     a crash left behind; with ``concurrent``, the next call from a process with the same id.
     """
+    if path.is_dir():  # "", "." and "/" too, which have no name to add to
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f"{path.name}.partial{f'-{os.getpid()}' if concurrent else ''}")
-    partial.unlink(missing_ok=True)  # a file left by a crash may have another mode
-    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-    try:
-        with naming(path):
+    with naming(path, instead_of=partial):
+        partial.unlink(missing_ok=True)  # a file left by a crash may have another mode
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        try:
             yield partial
             reached("file-written")
             inherit_owner(partial)
             sync(partial)
             reached("file-synced")
-        partial.replace(path)
-        reached("file-renamed")
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            partial.replace(path)
+            reached("file-renamed")
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     sync(path.parent)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError without one: a full disk shows at a write, which knows a number only."""
+def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """Add the file's name to an OSError without one: a full disk shows at a write, which knows a number only.
+
+    An error of ``instead_of``, a file that the user does not know of, names ``path`` too, unless a folder is there.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        unknown = instead_of is not None and error.filename == str(instead_of) and error.errno != errno.EISDIR
+        if error.filename is None or unknown:
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -94,11 +102,9 @@ def storing(path: Path) -> Iterator[None]:
 def fault(error: OSError, path: Path, what: str = "") -> ConfigError | StorageError:
     """Why a path could not be used: ConfigError where the path or its permissions are wrong, else StorageError.
 
-    ``what`` comes before, with the name of the file, or of ``path`` where the error names none, and the reason.
+    The text begins with ``what`` could not be done; it names the file, or ``path`` where the error names none.
     """
-    text = f"{what}{error.filename or path}: {error.strerror or error}"
-    if error.errno in FORBIDDEN:
-        return ConfigError(f"{text}; check the permissions of the file and of its folder")
+    text = sentence(error, path, what)
     return ConfigError(text) if error.errno in WRONG_PATH else StorageError(text)
 
 

@@ -93,12 +93,13 @@ def create(
     partial = directory / PARTIAL if directory.exists() else directory.with_name(directory.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, mode=0o700)
+        with files.naming(directory, instead_of=partial):
+            partial.mkdir(parents=True, mode=0o700)
         _fill(partial, checked, schema, vector, kinds)
         transport.equip(partial, checked, certificates, directory)
         _move_into(partial, directory)
     except OSError as error:
-        raise files.fault(error, directory, f"cannot make {directory}: ") from error
+        raise files.fault(error, directory, "cannot make ") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checked
