@@ -186,7 +186,9 @@ def test_names_that_are_no_text_and_terminals_without_letters_are_survived(tmp_p
     (folder / "x").write_text("")
     (tmp_path / "good.py").write_text(GOOD)
     for environment in ({}, ASCII):
-        code, out = ternbus(tmp_path, "edge", "init-model", "digits-numpy", folder / "m.safetensors", **environment)
+        code, out = ternbus(
+            tmp_path, "edge", "init-model", "digits-numpy", folder / "m.safetensors", "--force", **environment
+        )
         assert code == 0, out
         code, out = ternbus(tmp_path, "edge", "check", "good:TASK", "--data", folder, **environment)
         assert code == 0, out

@@ -200,7 +200,11 @@ def test_a_new_federation_knows_its_task_s_keys_and_what_was_allowed(tmp_path: P
     assert CliRunner().invoke(edge, ["init-model", task, str(model)]).exit_code == 0
     assert json.loads(load_metadata(model)["plan_keys"]) == ["flavour"]
     before = model.read_bytes()
-    assert CliRunner().invoke(edge, ["init-model", task, str(model)]).exit_code == 0
+    again = ["init-model", task, str(model)]
+    refused = CliRunner().invoke(edge, [*again, "--seed", "1"])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception) == f"{model} exists already: give another name, or add --force to replace it"
+    assert CliRunner().invoke(edge, [*again, "--force"]).exit_code == 0
     assert model.read_bytes() == before
 
     refused = init(tmp_path / "home", model, "--set", "plan.flavor=1")

@@ -161,7 +161,7 @@ def test_the_absolute_name_is_the_same_task_from_anywhere(folder: Path, monkeypa
 
 def test_it_is_found_from_another_folder(folder: Path, tmp_path: Path) -> None:
     for spec in (f"{folder}/my_task:TASK", f"{folder}/mytasks.digits:TASK"):
-        assert ternbus(tmp_path, "edge", "init-model", spec, tmp_path / "m.st")[::2] == (0, "")
+        assert ternbus(tmp_path, "edge", "init-model", spec, tmp_path / "m.st", "--force")[::2] == (0, "")
 
 
 COMMANDS = {

@@ -257,11 +257,14 @@ def init_model(
 ) -> None:
     """Make the initial model, version 0, for `ternbus aggregator init --model`.
 
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
     made = load_task(task)
     with explained(task):
         tensors = initial_of(made, seed)
+    if out.is_file() and not force:  # it may be a model that hours of training have made
+        raise ConfigError(f"{out} exists already: give another name, or add --force to replace it")
         kinds = tensor_kinds(made, tensors)
     about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata(), **kinds.metadata()}
     save_safetensors(out, tensors, about)
