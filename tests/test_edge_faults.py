@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import typed
 from support.edge_processes import Server, answering, edge, joined
 from support.other_users import ENVIRONMENT, OTHER, PYTHON, only_root, readable_by_others
 from support.scripted_aggregator import FEDERATION
@@ -156,6 +158,19 @@ def member(folder: Path, *, task: str, data: Path | None = None) -> DeviceDirect
     with Outbox(folder, key) as outbox:
         outbox.save(State(key=key, enrolled=True), None, {})
     return home
+
+
+@pytest.mark.parametrize("stdin", ["", *(pytest.param(each, marks=pytest.mark.slow) for each in ("<&-", "</dev/null"))])
+def test_leaving_without_a_terminal_needs_the_option_that_confirms(tmp_path: Path, stdin: str) -> None:
+    member(tmp_path / "pi", task="digits-numpy")
+    said = "ternbus: pi is not removed: there is no terminal to ask for confirmation; add --yes\n"
+    if not stdin:
+        assert typed(tmp_path, "edge", "leave", "pi", code=2) == said
+    else:
+        line = f"{sys.executable} -m ternbus edge leave pi {stdin}"
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (tmp_path / "pi" / FILE).exists()
 
 
 def ended_by(home: DeviceDirectory) -> FederationError:

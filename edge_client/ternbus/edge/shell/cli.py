@@ -1,5 +1,6 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -282,7 +283,9 @@ for _each in (inspection_commands.status, inspection_commands.trace, inspection_
 @app.command()
 def leave(
     directory: Dir,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask for confirmation, for which a terminal is needed.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Remove the device here even if the broker fails.")] = False,
 ) -> None:
     """Leave the federation for good: clear the device's status at the broker, remove its key and its outbox.
@@ -295,6 +298,8 @@ def leave(
     if not yes:
         typer.confirm(f"remove the key and the outbox of {settings.device!r} in {directory}?", abort=True)
     with home.locked():
+        if not sys.stdin.isatty():
+            raise ConfigError(f"{directory} is not removed: there is no terminal to ask for confirmation; add --yes")
         try:
             agent.clear_status(home, settings)
         except LinkError as error:
