@@ -54,16 +54,35 @@ def test_the_command_says_what_the_plan_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "said"),
     [
-        "--dp none --epsilon 8",
-        "--dp device --epsilon 0",
-        "--dp sample --epsilon 8",
-        "--dp device --epsilon 8 --delta 1",
+        ("--dp sampl --epsilon 8", "--dp is 'sampl': give device, sample or sum"),
+        ("--dp device --epsilon 0", "--epsilon is 0: give a number above 0"),
+        ("--dp device --epsilon nan", "--epsilon is nan: give a number above 0"),
+        ("--dp device --epsilon 8 --delta 1", "--delta is 1: give a number between 0 and 1, such as 1e-5"),
+        ("--dp sample --epsilon 8", "--dp sample needs the number of a device's samples: add --samples"),
+        ("--dp sum --epsilon 8 --samples 9", "--samples is for --dp sample: leave it out with --dp sum"),
     ],
 )
-def test_the_command_refuses_what_is_no_privacy(wrong: str) -> None:
-    assert isinstance(CliRunner().invoke(cli.app, ["noise", *wrong.split(), "--updates", "1"]).exception, ConfigError)
+def test_the_command_names_the_option_that_is_wrong(wrong: str, said: str) -> None:
+    refused = CliRunner().invoke(cli.app, ["noise", *wrong.split(), "--updates", "1"]).exception
+    assert (type(refused), str(refused)) == (ConfigError, said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("--max-epsilon 8", "--dp is '': give device, sample or sum"),
+        ("--dp sampl", "--dp is 'sampl': give device, sample or sum"),
+        ("--dp sample", "--dp sample needs the largest epsilon to spend: add --max-epsilon"),
+        ("--dp sample --max-epsilon 0", "--max-epsilon is 0: give a number above 0"),
+        ("--dp sample --max-epsilon 1 --max-delta 2", "--max-delta is 2: give a number between 0 and 1, such as 1e-5"),
+    ],
+)
+def test_an_owner_s_policy_names_the_option_that_is_wrong(wrong: str, said: str) -> None:
+    line = ["join", "pi.toml", "pi", "--task", "digits", *wrong.split()]
+    refused = CliRunner().invoke(cli.app, line).exception
+    assert (type(refused), str(refused)) == (ConfigError, said)
 
 
 def test_the_experiment_spends_its_budgets_and_no_more() -> None:

@@ -258,9 +258,17 @@ def test_an_owner_bounds_the_budget_and_refuses_less_privacy() -> None:
         assert isinstance(policy.bound(Plan.from_meta(refused)), str)
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "none"}, {"epsilon": 0.0}, {"epsilon": math.nan}, {"delta": 1.0}])
-def test_an_owners_promise_is_one(wrong: Mapping[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="max-epsilon"):
+@pytest.mark.parametrize(
+    ("wrong", "option"),
+    [
+        ({"kind": "none"}, "--dp"),
+        ({"epsilon": 0.0}, "--max-epsilon"),
+        ({"epsilon": math.nan}, "--max-epsilon"),
+        ({"delta": 1.0}, "--max-delta"),
+    ],
+)
+def test_an_owners_promise_is_one(wrong: Mapping[str, Any], option: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{option} is "):
         PrivacyPolicy(**{"kind": "device", "epsilon": 2.0, "delta": 1e-5, **wrong})
 
 
@@ -477,7 +485,7 @@ def test_what_an_owner_insists_on_outlives_the_process_and_a_new_key(tmp_path: P
     assert begun is not None
     _, renewed = begun
     assert renewed.policy == policy
-    with pytest.raises(ConfigError, match="max-epsilon"):
+    with pytest.raises(ConfigError, match="--dp is ''"):
         replace(home.settings(), dp="")
 
 

@@ -171,11 +171,7 @@ class PrivacyPolicy:
     delta: float
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or not self.epsilon > 0 or not 0 < self.delta < 1:
-            raise ConfigError(
-                f"invalid privacy policy (dp {self.kind!r}, epsilon {self.epsilon:g}, delta {self.delta:g}): "
-                "give --dp device, sample or sum, --max-epsilon above 0, --max-delta between 0 and 1"
-            )
+        check_budget(self.kind, self.epsilon, self.delta, largest="max-")
 
     @classmethod
     def of(cls, plan: Plan) -> "PrivacyPolicy | None":
@@ -188,6 +184,16 @@ class PrivacyPolicy:
             required = f'dp = "{self.kind}" and dp_delta of at most {self.delta:g}'
             return f'its owner requires {required}, the plan has dp = "{plan.dp}" and dp_delta {plan.dp_delta:g}'
         return replace(plan, dp_epsilon=min(plan.dp_epsilon, self.epsilon))
+
+
+def check_budget(kind: str, epsilon: float, delta: float, largest: str = "") -> None:
+    """Raises `ConfigError`, which names the first option that is wrong; ``largest`` is within the names of two."""
+    if kind not in KINDS:
+        raise ConfigError(f"--dp is {kind!r}: give {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    if not epsilon > 0:
+        raise ConfigError(f"--{largest}epsilon is {epsilon:g}: give a number above 0")
+    if not 0 < delta < 1:
+        raise ConfigError(f"--{largest}delta is {delta:g}: give a number between 0 and 1, such as 1e-5")
 
 
 def cost(plan: Plan, samples: int) -> Cost:

@@ -25,7 +25,7 @@ from ternbus.edge.learn.subnetwork import narrow
 from ternbus.edge.learn.task import Task, initial_of, placed, task_plan
 from ternbus.edge.learn.task_loader import absolute, load_task
 from ternbus.edge.plan.limits import TrainingLimits
-from ternbus.edge.plan.privacy import SUM, PrivacyPolicy
+from ternbus.edge.plan.privacy import KINDS, SUM, PrivacyPolicy
 from ternbus.edge.shell import agent, inspection_commands
 from ternbus.edge.shell.arguments import AsJson, Dir, FineTune, Reports, Stay, Timeout
 from ternbus.edge.shell.check_command import check
@@ -216,6 +216,8 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: boo
         raise ConfigError(
             "--dp sum is for private sums, whose devices' draws are the noise: add --private and --helper"
         )
+    if kind in KINDS and max_epsilon is None:
+        raise ConfigError(f"--dp {kind} needs the largest epsilon to spend: add --max-epsilon")
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)
 
 
@@ -255,17 +257,17 @@ def init_model(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of the model; the same seed gives the same model.")
     ] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
 ) -> None:
     """Make the initial model, version 0, for `ternbus aggregator init --model`.
 
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
+    if out.is_file() and not force:  # it may be a model that hours of training have made
+        raise ConfigError(f"{out} exists already: give another name, or add --force to replace it")
     made = load_task(task)
     with explained(task):
         tensors = initial_of(made, seed)
-    if out.is_file() and not force:  # it may be a model that hours of training have made
-        raise ConfigError(f"{out} exists already: give another name, or add --force to replace it")
         kinds = tensor_kinds(made, tensors)
     about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata(), **kinds.metadata()}
     save_safetensors(out, tensors, about)
@@ -296,10 +298,10 @@ def leave(
     home = DeviceDirectory(directory)
     settings = home.settings()
     if not yes:
-        typer.confirm(f"remove the key and the outbox of {settings.device!r} in {directory}?", abort=True)
-    with home.locked():
         if not sys.stdin.isatty():
             raise ConfigError(f"{directory} is not removed: there is no terminal to ask for confirmation; add --yes")
+        typer.confirm(f"remove the key and the outbox of {settings.device!r} in {directory}?", abort=True)
+    with home.locked():
         try:
             agent.clear_status(home, settings)
         except LinkError as error:

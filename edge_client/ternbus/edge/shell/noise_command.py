@@ -12,7 +12,7 @@ from ternbus.broker.sums.words import BITS
 from ternbus.edge.learn import accountant
 from ternbus.edge.learn.poisson_binomial import deviation
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import KINDS, SAMPLE, SUM, SumCost, cost
+from ternbus.edge.plan.privacy import SAMPLE, SUM, SumCost, check_budget, cost
 from ternbus.edge.shell.arguments import AsJson
 
 SUM_MAX: Final = 2 ** (BITS[-1] - 1) - 1  # of the levels of all devices of a set
@@ -53,11 +53,11 @@ def noise(
 
     Example: ternbus edge noise --dp sum --epsilon 8 --updates 20 --devices 50 --elements 650
     """
-    if dp not in KINDS or not epsilon > 0 or not 0 < delta < 1 or (dp == SAMPLE) != bool(samples):
-        raise ConfigError(
-            "invalid options of `edge noise`: give --dp device, --dp sample with --samples, or --dp sum with "
-            "--devices; --epsilon above 0; --delta between 0 and 1"
-        )
+    check_budget(dp, epsilon, delta)
+    if dp == SAMPLE and not samples:
+        raise ConfigError("--dp sample needs the number of a device's samples: add --samples")
+    if samples and dp != SAMPLE:
+        raise ConfigError(f"--samples is for --dp sample: leave it out with --dp {dp}")
     found: dict[str, float] = {}
     if dp == SUM:
         _check_sum(devices, colluding, norm, levels)
