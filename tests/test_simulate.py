@@ -13,17 +13,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from support.commands import typed
 from support.noise_task import Noise, NoiseTrainer, memory
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.model_files import load_metadata
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.edge.learn.task import Task, Trained, halves_of
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.tasks import digits_numpy
 from ternbus.lab import cli
+from ternbus.lab.report.output import MARKER
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario import scenario
 from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Scenario, Speeds
@@ -346,6 +349,55 @@ def test_the_command_leaves_a_report_and_a_model(tmp_path: Path) -> None:
     version, digest, _ = administration.tensors_of(tmp_path / "out" / "aggregator", None)
     assert version == 3
     assert digest
+
+
+INTERRUPTING = """
+import os, signal
+from dataclasses import dataclass
+from ternbus.edge.tasks.digits_numpy import DigitsNumpy
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupting(DigitsNumpy):
+    after: int = 0
+
+    def evaluator(self, *, data):
+        judge, seen = DigitsNumpy.evaluator(self, data=data), []
+
+        class Judge:
+            samples = judge.samples
+
+            def evaluate(self, tensors):
+                seen.append(tensors)
+                if len(seen) == after:  # of version 0 it is the first
+                    os.kill(os.getpid(), signal.SIGINT)
+                return judge.evaluate(tensors)
+
+        after = self.after
+        return Judge()
+
+FIRST, THIRD = Interrupting(after=1), Interrupting(after=3)
+"""
+
+
+def test_a_simulation_that_is_interrupted_reports_the_versions_until_then(tmp_path: Path) -> None:
+    (tmp_path / "ends_late.py").write_text(INTERRUPTING)
+    line = "lab", "simulate", "--task", "ends_late:THIRD", "--devices", 3, "--versions", 500, "--out", "out", "--json"
+    said = typed(tmp_path, *line, code=130)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert f"{json.dumps(found)}\n" in said
+    assert "ternbus: stopped by Ctrl-C; the report is of the versions until then\n" in said
+    assert (found["interrupted"], 2 <= found["versions"][-1]["version"] < 10) == (True, True)
+    assert load_metadata(tmp_path / "out" / "model.safetensors")["version"] == str(found["versions"][-1]["version"])
+    finished = typed(tmp_path, *line[:3], "digits-numpy", *line[4:6], "--versions", 1, "--out", "out")
+    assert "stopped" not in finished
+    assert "interrupted" not in json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_a_simulation_that_is_interrupted_before_its_first_version_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ends_early.py").write_text(INTERRUPTING)
+    said = typed(tmp_path, "lab", "simulate", "--task", "ends_early:FIRST", "--devices", 3, "--out", "out", code=130)
+    assert said.endswith("ternbus: stopped by Ctrl-C; no report was written\n")
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [MARKER]
 
 
 def test_a_record_that_only_a_restart_would_read_is_not_kept() -> None:

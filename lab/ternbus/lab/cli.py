@@ -1,13 +1,11 @@
 """The commands `ternbus lab …`: run or simulate a federation, print an example scenario, run experiments."""
 
 import dataclasses
-import gc
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -26,12 +24,12 @@ from ternbus.lab.experiment.session import Choices
 from ternbus.lab.interrupts import Interrupted, Interrupts
 from ternbus.lab.processes.supervisor import ChildError
 from ternbus.lab.processes.testbed import Testbed
-from ternbus.lab.report import output, partition_table, progress, report
+from ternbus.lab.report import output, partition_table, progress, report, written
 from ternbus.lab.scenario import partitions, plan_check, scenario
 from ternbus.lab.scenario.resolve import resolved
 from ternbus.lab.scenario.scenario import Scenario
+from ternbus.lab.virtual import to_files
 from ternbus.lab.virtual.computation import Computation
-from ternbus.lab.virtual.simulate import Simulation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -127,6 +125,8 @@ def simulate(
     of its computations. The same seed gives the same model, bit for bit. The scenario's broker is ignored. --jobs
     spreads training over processors, and is useful if one training takes seconds; --vectorise trains several devices
     of a small model at once, and gives the same model to rounding. With both, each of the processes does so.
+
+    Ctrl-C ends it after the training that is going on. The report is then of the versions until then.
 
     Example: ternbus lab simulate --devices 20 --versions 100
     """
@@ -296,7 +296,7 @@ def _run(wanted: Scenario, out: Path, as_json: bool) -> int:
         out,
         as_json,
         lambda place, interrupts, shown: _result(wanted, place, interrupts, shown),
-        "all processes have ended",
+        ("all processes have ended", "all processes have ended"),
     )
 
 
@@ -305,8 +305,10 @@ def _simulate(wanted: Scenario, out: Path, as_json: bool, how: Computation, *, k
     return _reported(
         out,
         as_json,
-        lambda place, interrupts, shown: _simulated(wanted, place, interrupts, shown, how, keep_ledger=keep_ledger),
-        "no report was written",
+        lambda place, interrupts, shown: to_files.simulate(
+            wanted, place, interrupts, shown, how, keep_ledger=keep_ledger
+        ),
+        ("no report was written", "the report is of the versions until then"),
     )
 
 
@@ -314,16 +316,16 @@ def _reported(
     out: Path,
     as_json: bool,
     result_of: Callable[[output.Output, Interrupts, progress.Progress], dict[str, Any]],
-    after_stop: str,
+    after_stop: tuple[str, str],
 ) -> int:
+    """The exit code. ``after_stop`` is what is said of an interrupted run without a report, and of one with it."""
     stream = sys.stderr if as_json else sys.stdout
     with Interrupts() as interrupts, json_output(as_json) as own:
         place = output.claim(out)
         try:
             result = result_of(place, interrupts, progress.to(stream))
-            interrupts.check()
         except Interrupted as stopped:
-            typer.echo(f"ternbus: {stopped}; {after_stop}", err=True)
+            typer.echo(f"ternbus: {stopped}; {after_stop[0]}", err=True)
             return stopped.exit_code
         except ConfigError:
             raise
@@ -334,6 +336,9 @@ def _reported(
             place.release()
         if as_json:
             own.write(json.dumps(result, allow_nan=False) + "\n")
+        if (came := interrupts.came) is not None:
+            typer.echo(f"ternbus: {came}; {after_stop[1]}", err=True)
+            return came.exit_code
     return 0
 
 
@@ -352,42 +357,8 @@ def _result(wanted: Scenario, place: output.Output, interrupts: Interrupts, show
         wall_seconds=time.monotonic() - began,
         sets=sets,
     )
-    _write(result, place, shown)
+    written.write(result, place, shown)
     return result
-
-
-def _simulated(
-    wanted: Scenario,
-    place: output.Output,
-    interrupts: Interrupts,
-    shown: progress.Progress,
-    how: Computation,
-    *,
-    keep_ledger: bool,
-) -> dict[str, Any]:
-    began = time.monotonic()
-    with shown:
-        shown.say(f"{wanted.task} in virtual time, with {partitions.devices_in_words(wanted.devices)}")
-        folder = place.aggregator if keep_ledger else None
-        with (
-            how.place(wanted, shown.say) as trained,
-            closing(
-                Simulation(wanted, load_task(wanted.task), shown, folder, trained, later=how.elsewhere)
-            ) as simulation,
-        ):
-            gc.freeze()  # what is loaded by now stays: the collections of a run need not look at it
-            simulation.run(interrupts.check)
-            gc.unfreeze()
-            simulation.export(place.model)
-            result = simulation.report(time.monotonic() - began)
-    _write(result, place, shown)
-    return result
-
-
-def _write(result: Mapping[str, Any], place: output.Output, shown: progress.Progress) -> None:
-    report.write(result, place.report)
-    missing = report.plot(result, place.plot)
-    shown.say(progress.closing_table(result, [str(place.report), missing or str(place.plot), str(place.model)]))
 
 
 def _complain(error: FederationError) -> None:

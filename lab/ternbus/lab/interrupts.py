@@ -43,10 +43,15 @@ class Interrupts:
         self._caught: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
 
+    @property
+    def came(self) -> Interrupted | None:
+        """What `check` raises; None if no signal came."""
+        return None if self._caught is None else Interrupted(self._caught)
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""
-        if self._caught is not None:
-            raise Interrupted(self._caught)
+        if (interrupted := self.came) is not None:
+            raise interrupted
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
