@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.small_disk import LIMITED
+from support.small_disk import LIMITED, make_read_only
 from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
 from ternbus.aggregator.core import records
 from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.store import copying
 from ternbus.aggregator.store.bodies import Bodies
 from ternbus.aggregator.store.ledger import LEDGER
-from ternbus.broker import files
+from ternbus.broker import files, path_errors
 from ternbus.broker.complaint import complaint
 from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.model_files import save_safetensors
@@ -62,6 +62,20 @@ def test_what_sqlite_says_is_a_fault_of_the_disk_or_a_corrupt_store(
         assert f"{path}: what SQLite says" in str(error)
         assert ("do this" in str(error)) == (raised is CorruptError)
         assert complaint(error) == (str(error), exit_code)
+
+
+@pytest.mark.parametrize("code", [sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN])
+def test_a_store_on_a_read_only_file_system_is_named_with_what_to_do(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_read_only(monkeypatch)
+    said = str(unreadable(tmp_path / "store.sqlite", sqlite_error(code)))
+    assert said.endswith(f"what SQLite says, since the file system is read-only; {path_errors.WRITABLE_AGAIN}")
+
+
+def test_a_file_on_a_read_only_file_system_is_named_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=f", {path_errors.WRITABLE_AGAIN}$"), files.storing(tmp_path / "lock"):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_an_error_of_sqlite_that_is_a_bug_stays_one_and_is_named_once(tmp_path: Path) -> None:

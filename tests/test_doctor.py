@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from support.small_disk import make_read_only
 from support.small_world import make_directory, scratch
 from ternbus import doctor
 from ternbus.broker import checkup
@@ -85,6 +86,14 @@ def test_a_key_that_others_can_read_is_an_error_with_the_command_that_mends_it()
     assert (grade, mend) == ("error", f"chmod 600 {directory / 'aggregator.key'}")
     text = RUN.invoke(app, ["doctor", str(directory)]).output
     assert f"-> chmod 600 {directory / 'aggregator.key'}" in text
+
+
+def test_a_read_only_file_system_is_an_error_that_does_not_blame_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_directory(scratch() / "agg")
+    make_read_only(monkeypatch)
+    grade, text, mend = examined(directory, code=2)[str(directory)]["folder"]
+    assert (grade, text) == ("error", f"the file system of {directory} is read-only")
+    assert "dmesg" in mend
 
 
 def test_settings_that_cannot_be_read_are_named() -> None:

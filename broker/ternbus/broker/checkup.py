@@ -11,7 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.broker.files import is_exposed
+from ternbus.broker.files import is_exposed, is_read_only
+from ternbus.broker.path_errors import WRITABLE_AGAIN
 from ternbus.broker.version import software
 
 LOW_BELOW: Final = 0.10  # parts of a file system that are free
@@ -109,7 +110,9 @@ def secrets(paths: Iterable[Path]) -> Iterator[Result]:
 
 
 def writable(folder: Path) -> Result:
-    """Whether this user may write there."""
+    """Whether this user may write there, and the file system takes it."""
+    if is_read_only(folder):  # before permissions, which nobody has then
+        return error("folder", f"the file system of {folder} is read-only", WRITABLE_AGAIN)
     if os.access(folder, os.W_OK | os.X_OK):
         return ok("folder", f"{folder} can be written")
     return error("folder", f"{folder} cannot be written by this user", "run the command as the owner of the folder")

@@ -108,6 +108,11 @@ def fault(error: OSError, path: Path, what: str = "") -> ConfigError | StorageEr
     return ConfigError(text) if error.errno in WRONG_PATH else StorageError(text)
 
 
+def is_read_only(folder: Path) -> bool:
+    """Whether the folder's file system is mounted for reading only, as a failing disk ends up."""
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
 def sync(path: Path) -> None:
     """Write a file's content, or a folder's entries, to stable storage; a file's fsync does not cover its folder."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -17,7 +17,7 @@ from zlib import crc32
 
 import msgpack
 
-from ternbus.broker import files
+from ternbus.broker import files, path_errors
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError, StorageError
 
@@ -144,15 +144,16 @@ def _fault(path: Path, error: sqlite3.Error, text: str) -> StorageError | Config
         return StorageError(f"{text}; another process uses it; stop that process or try again")
     if code in NO_ACCESS and path.is_dir():
         return None
+    if code in NO_ACCESS and files.is_read_only(path.parent):
+        return StorageError(f"{text}, since the file system is read-only; {path_errors.WRITABLE_AGAIN}")
     if code in NO_ACCESS and not _is_permitted(path):
         return ConfigError(f"{text}; check the permissions of the file and of its folder")
     return StorageError(text) if code in FAULTS else None
 
 
 def _is_permitted(path: Path) -> bool:
-    """Whether this user may write the file and its folder, as far as permissions go: a disk may still be read-only."""
-    is_read_only = os.statvfs(path.parent).f_flag & os.ST_RDONLY
-    return bool(is_read_only) or all(os.access(each, os.W_OK) for each in (path, path.parent) if each.exists())
+    """Whether this user may write the file and its folder."""
+    return all(os.access(each, os.W_OK) for each in (path, path.parent) if each.exists())
 
 
 def _code(error: Exception) -> int:
