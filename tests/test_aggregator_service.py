@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from support.brokers import WITHIN_S, Inbox, linked
+from support.commands import typed
 from support.small_world import LAB, Device, ternary_block
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
@@ -114,6 +115,15 @@ def test_a_revocation_that_does_not_reach_the_backups_is_in_the_log(world: World
         administration.revoke(directory, "pi", "test")
     (line,) = [line for line in lines if line.startswith(backup.NOT_COPIED)]
     assert f"{out} is away: mount it" in line
+
+
+def test_who_asks_for_statistics_is_told_first_whom_and_for_how_long(world: World, tmp_path: Path) -> None:
+    with running(world):
+        said = typed(tmp_path, "aggregator", "statistics", world.service.directory, "--wait", 0)
+    assert said.splitlines()[:2] == [
+        "ternbus: asked 1 device; waiting up to 0 s for answers (--wait)",
+        "0 devices answered",
+    ]
 
 
 @pytest.mark.parametrize(("adders", "is_idle"), [(1, False), (3, False), (1, True)])

@@ -13,7 +13,7 @@ from support.small_world import LAB, Bench, Device, frames_of, receipts, refusal
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.shell.cli import app
 from ternbus.aggregator.shell.statistics_command import lines, result
-from ternbus.aggregator.store import control, statistics_rows
+from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import seal
@@ -102,6 +102,7 @@ def test_it_ends_when_all_devices_have_answered(make: Make) -> None:
     request = ask(bench)
     send(bench, one, request.id, content())
     assert statistics_rows.read(bench.ledger.db).is_open
+    assert membership.trainers(bench.ledger.db) == 2  # whom the command says that it asked
     send(bench, two, request.id, Measured(refusal="its owner says no"))
     state = statistics_rows.read(bench.ledger.db)
     assert (state.is_open, state.outcomes) == (False, {"one": "answered", "two": "refused: its owner says no"})
@@ -120,6 +121,7 @@ def test_a_restart_goes_on_and_a_new_request_replaces_the_old(make: Make) -> Non
     assert send(bench, one, request.id, content(9.0)) == "accepted"
     send(bench, two, request.id, content(3.0))
     assert result(bench.directory)["features"][0]["mean"] == 2.0
+    assert "--statistics" not in "\n".join(lines(result(bench.directory)))
     later = ask(bench)
     assert later.id > request.id
     assert result(bench.directory)["devices"] == 0
@@ -128,6 +130,10 @@ def test_a_restart_goes_on_and_a_new_request_replaces_the_old(make: Make) -> Non
     bench.start()
     bench.tick(61.0)
     assert not statistics_rows.read(bench.ledger.db).is_open
+    assert lines(result(bench.directory))[1:] == [
+        "fewer than 2 devices have answered, so nothing is shown",
+        "only a device that runs, and whose owner allowed it, answers: `ternbus edge join … --statistics`",
+    ]
 
 
 def test_what_is_no_answer_is_refused_once_and_counted(make: Make) -> None:

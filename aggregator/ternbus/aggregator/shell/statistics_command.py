@@ -11,7 +11,7 @@ import typer
 from ternbus.aggregator.core.statistics import ANSWERED, INVALID, REFUSED
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import AsJson, Dir
-from ternbus.aggregator.store import control, statistics_rows
+from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.protocol.statistics import BINS_MAX, HISTOGRAM, KINDS, LABELS, MOMENTS
@@ -22,6 +22,7 @@ BINS: Final = 32
 POLL_S: Final = 0.1
 GRACE_S: Final = 5.0  # for the process to end a request when its time has come
 WAIT_S: Final = 60.0
+ALLOWED_BY: Final = "`ternbus edge join … --statistics`"
 SHOWN: Final = ("0.05", "0.5", "0.95")  # quantiles, in the table for people
 
 Kinds = Annotated[
@@ -81,6 +82,7 @@ def statistics(
             control.ask(directory, control.STATISTICS, json.dumps(asked))
         except control.NotRunningError as error:
             raise ConfigError(f"{error}: start it with `ternbus aggregator run {directory}`, and ask again") from error
+        _tell(directory, wait)
         _wait(directory, wait)
     found = result(directory)
     typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
@@ -107,6 +109,13 @@ def _pair(text: str, what: str) -> tuple[float, float]:
     except ValueError:
         raise ConfigError(f"{what}: {text!r} are no bounds: write LOW:HIGH, for example 0:1") from None
     return low, high
+
+
+def _tell(directory: Path, wait_s: float) -> None:
+    with reading(directory) as ledger:
+        count = membership.trainers(ledger.db)
+    asked = f"{count} device{'' if count == 1 else 's'}"
+    typer.echo(f"ternbus: asked {asked}; waiting up to {wait_s:g} s for answers (--wait)", err=True)
 
 
 def _wait(directory: Path, wait_s: float) -> None:
@@ -154,7 +163,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if not found["shown"] and found["open"]:
         return [*told, "nothing is shown before the request has ended"]
     if not found["shown"]:
-        return [*told, f"fewer than {found['min_devices']} devices have answered, so nothing is shown"]
+        few = f"fewer than {found['min_devices']} devices have answered, so nothing is shown"
+        return [*told, few, f"only a device that runs, and whose owner allowed it, answers: {ALLOWED_BY}"]
     if found["samples"] is not None:
         told.append(f"{found['samples']} samples")
     if found["dp"] != "none":

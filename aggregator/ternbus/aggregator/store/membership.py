@@ -46,6 +46,13 @@ def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) ->
         drop(db, "device = :device AND merged IS NULL", {"device": device})
 
 
+def trainers(db: sqlite3.Connection) -> int:
+    """How many devices train by an active key."""
+    return int(
+        db.execute("SELECT count(*) FROM devices WHERE state = 'active' AND role != ?", (EVALUATOR,)).fetchone()[0]
+    )
+
+
 def revocations(db: sqlite3.Connection) -> list[Revocation]:
     """The keys that are void for good."""
     rows = db.execute(
