@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
+from support.commands import typed
 from support.small_world import Bench, ternary_block
 from ternbus.aggregator.shell import examination
 from ternbus.aggregator.shell.examination import Examination
@@ -71,3 +72,9 @@ def test_the_command_has_help_and_wants_a_directory() -> None:
     done = CliRunner().invoke(app, ["top", "--help"])
     assert done.exit_code == 0
     assert "ternbus top agg" in done.output
+
+
+def test_without_a_terminal_the_command_names_the_one_that_needs_none(make: Make) -> None:
+    directory = make().directory
+    said = typed(directory, "top", directory, code=2)
+    assert said == f"ternbus: `ternbus top` needs a terminal: use `ternbus aggregator status {directory}`\n"

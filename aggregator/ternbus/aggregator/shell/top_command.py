@@ -1,5 +1,6 @@
 """The command `ternbus top`."""
 
+import sys
 from functools import partial
 from typing import Annotated
 
@@ -26,6 +27,9 @@ def top(
     Example: ternbus top agg
     """
     settings = administration.load_settings(directory)
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # closed ones are None; textual fills a file with codes of a screen
+    if not all(each and each.isatty() for each in streams):
+        raise ConfigError(f"`ternbus top` needs a terminal: use `ternbus aggregator status {directory}`")
     try:
         from ternbus.aggregator.shell.top import VERSIONS_MAX, Top  # noqa: PLC0415 - a library that only this needs
     except ModuleNotFoundError as error:
