@@ -59,7 +59,7 @@ def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
     code, said = server.until_ended(edge("join", tmp_path / "pi.toml", folder, "--task", TASK))
     assert code == 2
-    assert "has joined already" in said
+    assert f"has joined already: to train, run `ternbus edge run {folder}`; for another device, choose" in said
 
     code, said = server.until_ended(edge("run", folder, "--versions", 3, "--json"))
     assert code == 0, said

@@ -285,9 +285,7 @@ class DeviceDirectory:
         """
         before = self.settings().code if (self.folder / TOML).exists() else None
         if before == "":
-            raise ConfigError(
-                f"{self.folder} has joined already: choose another directory, or run `ternbus edge leave {self.quoted}`"
-            )
+            raise self._joined_already()
         settings = Settings(
             federation=invitation.federation,
             device=invitation.device,
@@ -320,6 +318,12 @@ class DeviceDirectory:
                 write_secret(self.folder / name, pem.encode())
         self.write(settings)
         return settings
+
+    def _joined_already(self) -> ConfigError:
+        return ConfigError(
+            f"{self.folder} has joined already: to train, run `ternbus edge run {self.quoted}`; for another device, "
+            f"choose another directory; `ternbus edge leave {self.quoted}` removes this device with its key"
+        )
 
     def write(self, settings: Settings) -> None:
         write_secret(self.folder / TOML, settings.dumps().encode())
