@@ -82,9 +82,15 @@ def test_one_line_says_that_it_is_ready_and_sigterm_ends_it_and_its_child(engine
         await_end(said["pid"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_without_json_the_line_is_for_people_and_a_signal_ends_it(number: int, tmp_path: Path) -> None:
-    command = [*COMMAND, "--engine", "mosquitto", "--port", "0", "--dir", str(tmp_path)]
+NEW = ", a new folder, without TLS; `ternbus broker init` makes one with TLS"  # its name may be mistyped
+
+
+@pytest.mark.parametrize(("number", "name", "about"), [(signal.SIGINT, ".", ""), (signal.SIGHUP, "new", NEW)])
+def test_without_json_the_line_is_for_people_and_a_signal_ends_it(
+    number: int, name: str, about: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    command = [*COMMAND, "--engine", "mosquitto", "--port", "0", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         words = process.stdout.readline().split(maxsplit=5)
@@ -92,7 +98,7 @@ def test_without_json_the_line_is_for_people_and_a_signal_ends_it(number: int, t
         assert process.wait(WITHIN_S) == 0
     assert words[:4] == ["mosquitto", choose(Engine.MOSQUITTO).version, "ready", "on"]
     assert words[4].startswith("mqtt://127.0.0.1:")
-    assert words[5] == f"(data in {tmp_path})\n"
+    assert words[5] == f"(data in {folder}{about})\n"
 
 
 @ENGINES

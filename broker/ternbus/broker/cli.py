@@ -105,10 +105,11 @@ def up(
     if place is not None and directory is not None:
         raise ConfigError("two directories given: use either DIR or --dir")
     directory = as_owner(place or directory or DIRECTORY)
+    is_new = not directory.exists()
     on_stop(_stop)
     try:
         with _start(directory, engine, host, port) as broker:
-            typer.echo(_announcement(broker, as_json))
+            typer.echo(_announcement(broker, is_new, as_json))
             code = broker.wait(_warn)
             _warn(f"{broker.software} ended unexpectedly with exit code {code}; its last lines:\n{broker.last_lines()}")
             raise typer.Exit(EXIT_FAILED)
@@ -296,9 +297,11 @@ def _stop(_signal: int, _frame: FrameType | None) -> Never:
     raise _StopRequested
 
 
-def _announcement(broker: RunningBroker, as_json: bool) -> str:
+def _announcement(broker: RunningBroker, is_new: bool, as_json: bool) -> str:
     if not as_json:
-        return f"{broker.software} ready on {broker.url} (data in {broker.directory})"
+        # who mistyped the folder of a broker with TLS gets another broker without
+        new = ", a new folder, without TLS; `ternbus broker init` makes one with TLS" if is_new else ""
+        return f"{broker.software} ready on {broker.url} (data in {broker.directory}{new})"
     return json.dumps(
         {
             "engine": broker.software.engine,
