@@ -103,7 +103,7 @@ def printed(stream: IO[str], *logs: Log, stop: Stop | None = None) -> list[str]:
 
 
 def test_a_device_tells_by_the_level_what_its_owner_may_have_to_mend(capsys: pytest.CaptureFixture[str]) -> None:
-    logs = [Log(event=event, text="x") for event in ("accepted", "stale", "training-failed")]
+    logs = [Log(event=event, text="x") for event in ("accepted", "other-beginning", "stale", "training-failed")]
     levels = printed(io.StringIO(), *logs, stop=Stop(code=3, reason="revoked"))
-    assert levels == [INFO, WARNING, WARNING, ERROR]
+    assert levels == [INFO, INFO, WARNING, WARNING, ERROR]
     assert capsys.readouterr().err == "ternbus: revoked\n"

@@ -23,6 +23,9 @@ from ternbus.edge.core.actions import Action, Log, Unsubscribe
 from ternbus.edge.core.part_requests import PartRequests
 
 GRACE_S: Final = 1.0  # for deltas to arrive through the common subscription, before parts are requested by name
+OTHER_BEGINNING: Final = (  # as where it was trained before
+    "the federation began with another model than the task's initial one; nothing to do: the device fetches it"
+)
 RETRY_S: Final = 60.0  # until the next attempt, after all snapshots failed
 BEFORE_HEAD_MAX: Final = 64  # parts of deltas kept until the first head
 MESSAGES_MAX: Final = 64
@@ -287,7 +290,7 @@ class Follower:
         fields = {"version": self.version, "reason": reason}
         log = Log(event="resync", text=f"restarting from a snapshot: {reason}", fields=fields)
         if self.unconfirmed:
-            log = Log(event="other-beginning", text="the federation's initial model is not that of the task and seed")
+            log = Log(event="other-beginning", text=OTHER_BEGINNING)
         self.vector, self.version, self.unchecked, self.unconfirmed = None, None, None, False
         self._missing_since_s = None
         if self._fetched_since_head:

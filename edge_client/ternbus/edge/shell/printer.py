@@ -11,7 +11,7 @@ from ternbus.edge.core.actions import Log, Stop
 STOPPED: Final = "stopped"
 WARNINGS: Final = frozenset({  # events that the owner may have to do something about
     "bad-plan", "cloned", "contested", "disconnected", "evaluation-failed", "fine-tuning-failed", "invalid",
-    "other-beginning", "refused", "revoked", "snapshot-failed", "stale", "training-failed", "unknown",
+    "refused", "revoked", "snapshot-failed", "stale", "training-failed", "unknown",
 })  # fmt: skip
 
 
