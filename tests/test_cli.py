@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from ternbus.command import COMMANDS
 
@@ -138,6 +141,26 @@ def test_each_command_has_help(name: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"Usage: ternbus {name} " in done.stdout
     assert COMMANDS[name].help in done.stdout
+
+
+def each_command(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """A command and, if it is a group, those within, each with the words that call it."""
+    yield words, command
+    for name, within in getattr(command, "commands", {}).items():
+        yield from each_command((*words, name), within)
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_whole_where_the_terminal_is_narrow(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words, command in each_command((name,), get_command(import_module(COMMANDS[name].module).app)):
+        said = command.get_help(command.make_context(" ".join(words), [], resilient_parsing=True))
+        assert max(map(len, said.splitlines())) <= columns
+        within = [each.help.split(".")[0] for each in getattr(command, "commands", {}).values()]
+        for text in [*(each.help for each in command.params), *within]:
+            assert "".join(text.split()) in "".join(said.split())
+        assert {option for each in command.params for option in each.opts if option[0] == "-"} <= {*said.split()}
 
 
 @pytest.mark.parametrize(

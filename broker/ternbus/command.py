@@ -8,11 +8,11 @@ from contextlib import suppress
 from typing import Annotated, Any, Final, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperGroup
 from typer.main import get_command
 
 from ternbus.broker.complaint import complaint
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
+from ternbus.broker.plain_help import PlainGroup
 from ternbus.broker.streams import prepare_streams
 from ternbus.broker.version import software
 
@@ -28,6 +28,7 @@ class Command(NamedTuple):
     alone: Mapping[str, str] = {}
 
 
+WIDTH_MAX: Final = 100  # of help, in characters
 COMMANDS: Final[Mapping[str, Command]] = {
     "broker": Command("ternbus.broker.cli", "Run a broker: mosquitto, or nats-server from its wheel."),
     "aggregator": Command(
@@ -47,7 +48,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
 }
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(PlainGroup):
     """A group that lists commands by name and help alone, and imports a command's module when the command runs.
 
     `ternbus edge` therefore does not load the aggregator or the lab, which saves memory on devices.
@@ -71,7 +72,8 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Asynchronous federated learning over MQTT, with signed, ternary-compressed updates.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH_MAX},
 )
 for _name, _command in COMMANDS.items():
     app.add_typer(typer.Typer(), name=_name, help=_command.help)

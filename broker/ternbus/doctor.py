@@ -19,7 +19,7 @@ from ternbus.broker.link.probe import probe
 from ternbus.broker.server import broker_checkup
 from ternbus.broker.server.running import is_home
 
-app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 
 EXAMINATIONS: Final[Mapping[str, str]] = {
     "aggregator": "ternbus.aggregator.shell.checkup",

@@ -12,6 +12,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import make_folder, write_secret, write_text
 from ternbus.broker.folder_owner import as_owner
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
+from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.protocol.identity import reader_user
 from ternbus.broker.protocol.topics import of_reader
@@ -23,9 +24,7 @@ from ternbus.broker.text_table import text_table
 if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory, Credentials
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Run a broker: mosquitto, or nats-server from its wheel."
-)
+app = command_group("Run a broker: mosquitto, or nats-server from its wheel.")
 
 DIRECTORY: Final = Path("ternbus-broker")
 PORT: Final = 1883

@@ -15,6 +15,7 @@ from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.json_output import json_output
+from ternbus.broker.plain_help import command_group
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.partition_spec import listed
 from ternbus.edge.learn.task_loader import load_task
@@ -31,11 +32,7 @@ from ternbus.lab.scenario.scenario import Scenario
 from ternbus.lab.virtual import to_files
 from ternbus.lab.virtual.computation import Computation
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Run a whole federation on this machine and report its results.",
-)
+app = command_group("Run a whole federation on this machine and report its results.")
 
 EXAMPLE: Final = Path(__file__).with_name("example.toml")
 

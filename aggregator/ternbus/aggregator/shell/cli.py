@@ -47,6 +47,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
+from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
@@ -54,11 +55,7 @@ from ternbus.broker.sums.terms import MASK
 from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Run the server: accept updates, merge them, publish the model.",
-)
+app = command_group("Run the server: accept updates, merge them, publish the model.")
 app.add_typer(log_commands.app, name="log")
 
 Username = Annotated[

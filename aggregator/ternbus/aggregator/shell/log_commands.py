@@ -10,13 +10,10 @@ import typer
 from ternbus.aggregator.shell import log
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, PrivateMember, Signed
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Read the log of merges: which updates are in which version, signed and chained.",
-)
+app = command_group("Read the log of merges: which updates are in which version, signed and chained.")
 
 Source = Annotated[
     Path, typer.Argument(metavar="DIR|FILE", exists=True, help="Directory of the aggregator, or an exported log.")

@@ -10,7 +10,7 @@ from ternbus.aggregator.shell import administration, examination
 from ternbus.aggregator.shell.arguments import Dir
 from ternbus.broker.errors import ConfigError
 
-app = typer.Typer(rich_markup_mode="markdown", context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 @app.command()

@@ -14,6 +14,7 @@ from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
+from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
@@ -48,9 +49,7 @@ from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
 from ternbus.edge.shell.statistics_limit import allowed
 from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay
 
-app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Run a device: follow the model, train, send updates."
-)
+app = command_group("Run a device: follow the model, train, send updates.")
 
 Seed = Annotated[
     int,

@@ -21,7 +21,7 @@ from ternbus.edge.shell.options import Options
 if TYPE_CHECKING:
     from ternbus.edge.core.profile import Role
 
-app = typer.Typer(rich_markup_mode="markdown")
+app = typer.Typer(rich_markup_mode=None)
 
 Versions = Annotated[int | None, typer.Option(min=1, help="Number of accepted updates before stopping.")]
 Evaluated = Annotated[int | None, typer.Option(min=1, help="Number of versions to evaluate before stopping.")]

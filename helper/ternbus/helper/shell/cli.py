@@ -14,6 +14,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import is_exposed, load_toml
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_option import LogFormat, LogOption
+from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.identity import check_device, is_public_key
 from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK, OWN
@@ -29,11 +30,7 @@ from ternbus.helper.store.tables import FILE
 NAME: Final = "helper"
 MIN: Final = 5
 
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    help="Run a helper of private sums: open sums of updates, never a single one.",
-)
+app = command_group("Run a helper of private sums: open sums of updates, never a single one.")
 
 
 Roster = Annotated[
