@@ -324,10 +324,13 @@ def test_a_device_whose_owner_wants_privacy_does_not_train_without(server: Serve
 
 
 def test_a_wrong_code_is_refused_and_a_task_that_does_not_fit_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "pi").mkdir()
     invitation = server.invite(tmp_path, "pi", code="wrong" * 8)
-    code, said = server.until_ended(edge("join", invitation, tmp_path / "pi", "--task", TASK))
-    assert code == 3
-    assert "refused the invitation (code)" in said
+    for folder in ("pi", "new"):
+        code, said = server.until_ended(edge("join", invitation, tmp_path / folder, "--task", TASK))
+        assert code == 3
+        assert "refused the invitation (code)" in said
+    assert not (tmp_path / "new").exists()  # the command had made it
     with pytest.raises(ConfigError, match="has not finished joining"):
         DeviceDirectory(tmp_path / "pi").joined()
     refused = DeviceDirectory(tmp_path / "pi").identity()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_DONE
+from ternbus.broker.exit_codes import EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
@@ -156,7 +156,7 @@ def join(
     _check_renew(renew, task, any(given))
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
+    home, asked = _place(directory, invitation, password_file, renew)
     options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
     prepare = partial(
         home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
@@ -166,6 +166,16 @@ def join(
     made = partial(_task_for, task, width, processor, data, f"{partition};test:{hold_out!r}" if hold_out else partition)
     goes_on = _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
     raise typer.Exit(run_device(directory, goes_on, options, as_json=as_json))
+
+
+def _place(
+    directory: Path, invitation: Path, password_file: Path | None, renew: bool
+) -> tuple[DeviceDirectory, Invitation]:
+    """The device's directory and its invitation. Raises `ConfigError` for the folder of something else."""
+    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
+    if not renew:
+        home.check_free(invitation, password_file)
+    return home, asked
 
 
 def _enroll(
@@ -185,8 +195,11 @@ def _enroll(
         if renew:
             _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
         elif not (role and home.has_joined(asked)):
-            model = task()  # before the invitation is spent
-            _end(printer, agent.join(home, prepare(), model, options, printer), role)
+            model, is_new = task(), not home.folder.exists()  # before the invitation is spent
+            stop = agent.join(home, prepare(), model, options, printer)
+            if is_new and stop.code == EXIT_REFUSED:  # of no use: the key is not enrolled
+                home.erase()
+            _end(printer, stop, role)
     assert role is not None  # noqa: S101 - `_end` has ended the command otherwise
     return role
 
