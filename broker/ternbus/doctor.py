@@ -36,7 +36,7 @@ def doctor(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[DIR|URL]…",
+            metavar="DIR|URL",
             help="Directories of a broker, an aggregator, a device or a helper, or a broker's URL. "
             "[default: the directories in this folder]",
         ),

@@ -140,7 +140,7 @@ def certificate(
     directory: DirToRead,  # the certificates go elsewhere, where root may write and the owner perhaps not
     names: Annotated[
         list[str],
-        typer.Argument(metavar="NAME…", help="Names of devices, aggregator-FEDERATION, or aggregator_help_HELPER."),
+        typer.Argument(metavar="NAME", help="Names of devices, aggregator-FEDERATION, or aggregator_help_HELPER."),
     ],
     *,
     federation: Annotated[str, typer.Option(help="Federation of these names.")],

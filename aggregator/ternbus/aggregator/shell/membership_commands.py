@@ -26,7 +26,7 @@ def invite(
     directory: DirAsRoot,
     devices: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DEVICE]…", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
+        typer.Argument(metavar="DEVICE", help="Names of devices: a-z, 0-9, '_', '-'; at most 64 characters."),
     ] = None,
     *,
     evaluators: Annotated[
