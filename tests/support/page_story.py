@@ -232,10 +232,10 @@ class Story:
             process.send_signal(signal.SIGTERM)
         code = process.wait(WITHIN_S)
         text = (self.logs / directory.replace("/", "-")).read_text("utf-8", "replace")
-        last = text[self._begun[directory] :].splitlines()[-1:]
-        if code == -signal.SIGTERM and last and re.search(r"\bstopped|^ternbus: .*revoked", last[0]):
-            return  # it was on its way out by itself
-        if kind == "edge" and code == 1 and last == ["ternbus: SIGTERM"]:
+        last = "".join(text[self._begun[directory] :].splitlines()[-1:])
+        if code == -signal.SIGTERM and re.search(r"\bstopped|\benrolled as|^ternbus: .*revoked", last):
+            return  # it was on its way out by itself, or from joining to training
+        if kind == "edge" and code == 1 and last.startswith("ternbus: SIGTERM came before"):
             return  # it was still joining
         # a device ends with 3 if it was revoked
         assert code in ({0, 3} if kind == "edge" else {0}), f"{directory} ended with {code}:{self._logs()}"
