@@ -25,7 +25,7 @@ def test_the_commands_have_each_command_its_options_and_their_defaults() -> None
     page = commands.page()
     assert all(f"## ternbus {name}\n" in page for name in COMMANDS)
     assert "| `--partition TEXT` | Part of the data that this device trains on: all, iid:I/N" in page
-    assert "| `--federation TEXT` | Name of the federation; used at the first start. | `home` |" in page
+    assert "| `--federation TEXT` | Name of the federation, for the first start. | home |" in page
     assert "| 4 | device: its owner's privacy budget is spent |" in page
     assert "ternbus edge join INVITATION.toml DIR [OPTIONS]" in page
 
