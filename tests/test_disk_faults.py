@@ -74,7 +74,7 @@ def test_a_store_on_a_read_only_file_system_is_named_with_what_to_do(
 
 
 def test_a_file_on_a_read_only_file_system_is_named_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=f", {path_errors.WRITABLE_AGAIN}$"), files.storing(tmp_path / "lock"):
+    with pytest.raises(StorageError, match=f"; {path_errors.WRITABLE_AGAIN}$"), files.storing(tmp_path / "lock"):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 

@@ -149,29 +149,6 @@ def test_a_folder_of_data_that_is_not_there_costs_no_invitation(
     assert not (tmp_path / "pi").exists()
 
 
-def test_a_folder_of_something_else_gets_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "pi").mkdir()
-    (tmp_path / "pi" / "holiday.jpg").touch()
-    arguments = ["--task", "digits-numpy", "--timeout", 1]
-    assert exit_code("edge", "join", write_invitation(tmp_path), tmp_path / "pi", *arguments) == 2
-    said = f"ternbus: {tmp_path}/pi holds files of something else, such as holiday.jpg: name a new folder\n"
-    assert capsys.readouterr().err == said
-    assert [each.name for each in (tmp_path / "pi").iterdir()] == ["holiday.jpg"]
-
-
-def test_a_folder_without_files_or_with_those_of_a_device_is_free(tmp_path: Path) -> None:
-    home = DeviceDirectory(tmp_path / "pi")
-    home.check_free()
-    (home.folder / "lost+found").mkdir(parents=True)  # of a file system
-    (home.folder / ".bashrc").touch()
-    invitation = write_invitation(home.folder)
-    home.check_free(invitation, None)
-    with pytest.raises(ConfigError, match=r"such as pi\.toml"):
-        home.check_free()
-    (home.folder / "device.key").touch()  # of a `join` that was interrupted
-    home.check_free()
-
-
 def member(folder: Path, *, task: str, data: Path | None = None) -> DeviceDirectory:
     """The folder of a device that has joined."""
     home = DeviceDirectory(folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ternbus.broker.protocol.schema import Schema, to_vector
 from ternbus.edge.core.actions import StartEvaluation, StartFineTuning, StartTraining
@@ -12,6 +13,7 @@ from ternbus.edge.core.events import EvaluationFailed, FineTuningFailed, Trainin
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.worker import evaluate, fine_tune, train
+from ternbus.edge.torch.objective import default_loss
 
 IN_BATCH = " (in batch 1 of 3)"
 TASK = """
@@ -119,6 +121,8 @@ def test_a_bug_comes_with_its_traceback_for_the_log(tmp_path: Path) -> None:
 def test_a_bug_below_the_tasks_own_code_is_named_too(tmp_path: Path) -> None:
     """A label that the model has no output for, and inputs that its layer does not take: no line is the task's."""
     assert "IndexError: Target 3 is out of bounds" in failed(tmp_path, data="return INPUTS, TARGETS + 1").reason
+    with pytest.raises(IndexError, match="out of bounds"):  # one row of scores, where there should be several
+        default_loss(torch.zeros(3), torch.tensor(7))
     found = failed(tmp_path, data="return INPUTS[:, :7], TARGETS")
     said = "RuntimeError: mat1 and mat2 shapes cannot be multiplied (30x7 and 8x3)"
     assert found.reason == f"a bug in the task: {said}{IN_BATCH}; look at the task's model, loss and data"

@@ -52,7 +52,7 @@ def test_closing_merges_what_is_accepted_and_takes_no_more(make: Make) -> None:
     assert (receipt.outcome, receipt.reason) == ("invalid", "closed")
     actions = bench.handle(events.StateRequested(state="paused", request=8))
     (done,) = saved(actions, records.RequestDone)
-    assert "`ternbus aggregator resume` opens it again" in done.error
+    assert "`ternbus aggregator resume` opens the federation" in done.error
     assert bench.head.state == "closed"
     bench.handle(events.StateRequested(state="open"))
     assert bench.head.state == "open"  # by which devices that waited go on

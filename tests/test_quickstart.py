@@ -62,6 +62,19 @@ def test_no_tls_is_refused_where_the_broker_has_it(made: Callable[[str], Path]) 
     First(model=Path("another.safetensors"), port=0).check(directory, settings, endpoint)
 
 
+def test_a_host_may_be_written_in_capitals(made: Callable[[str], Path]) -> None:
+    directory = made("mqtt://Server.Lan:1885")
+    settings = administration.load_settings(directory)
+    First(model=None, host="Server.Lan").check(directory, settings, Endpoint.parse(settings.broker))
+
+
+def test_without_a_model_that_can_be_read_nothing_is_made(tmp_path: Path) -> None:
+    first = First(model=tmp_path / "none.safetensors", tls=True, port=0)
+    with pytest.raises(ConfigError, match=r"none\.safetensors"):
+        quickstart.start_broker(tmp_path / "new", Engine.AUTO, first)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_port_that_something_else_uses_is_not_chosen_anew(made: Callable[[str], Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as used:
         directory = made(f"mqtt://127.0.0.1:{used.getsockname()[1]}")

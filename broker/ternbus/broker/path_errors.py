@@ -8,7 +8,9 @@ from ternbus.broker.errors import FORBIDDEN
 
 DISK: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 WRITES: Final = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what comes of nothing but a write
-WRITABLE_AGAIN: Final = "look at dmesg for errors of the disk, check it with fsck, and mount it for writing"
+WRITABLE_AGAIN: Final = (
+    "if it was writable before, look at dmesg for errors of the disk, check it with fsck, and mount it for writing"
+)
 ON_THE_WAY: Final = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -28,7 +30,7 @@ def _reason(error: OSError, path: Path) -> str:
     if error.errno in FORBIDDEN:
         return f"{said}; check the permissions of the file and of its folder"
     if error.errno == errno.EROFS:
-        return f"{said}; choose another place; if it was writable before, {WRITABLE_AGAIN}"
+        return f"{said}; choose another place; {WRITABLE_AGAIN}"
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return f"{said}; make room or choose another disk"
     if error.errno == errno.EISDIR and path.is_dir():

@@ -377,7 +377,7 @@ class Core:
 
     def _change_state(self, event: events.StateRequested) -> list[Action]:
         if self._updates.closed and event.state == PAUSED:  # it would open the federation again, without a word
-            return self._done(event.request, "the federation is closed: `ternbus aggregator resume` opens it again")
+            return self._done(event.request, "closed, or closing: `ternbus aggregator resume` opens the federation")
         self._updates.closed = event.state == CLOSED
         return [*self._merges.change_state(event.state, self._now), *self._done(event.request)]
 

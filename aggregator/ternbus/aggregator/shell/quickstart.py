@@ -60,7 +60,7 @@ class First:
         """Raise ConfigError where a directory that holds an aggregator has another federation or broker."""
         said = [
             ("--federation", self.federation, settings.federation),
-            ("--host", self.host, endpoint.host),
+            ("--host", self.host and self.host.lower(), endpoint.host),
             ("--port", self.port or None, endpoint.port),
             ("--tls" if self.tls else "--no-tls", self.tls, endpoint.tls),
         ]
@@ -90,6 +90,8 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
             )
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")
+    else:
+        administration.FirstModel.load(first.model)  # or nothing is made
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     if running.is_home(folder) or (first.is_secured and not (directory / LEDGER).exists()):
         return _start_secured(directory, engine, first)

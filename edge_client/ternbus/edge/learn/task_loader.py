@@ -166,7 +166,8 @@ def _is_own(file: str) -> bool:
 
 def _runs_own(frame: FrameType) -> bool:
     """By name, Ternbus is known wherever its source lies, also where it is installed as editable."""
-    top = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    spec = frame.f_globals.get("__spec__")  # the name of a module that runs as a program is `__main__`
+    top = str(getattr(spec, "name", frame.f_globals.get("__name__", ""))).partition(".")[0]
     return top != task_folder.OURS and _is_own(frame.f_code.co_filename)
 
 

@@ -1,5 +1,6 @@
 """The commands `ternbus edge …`: join a federation, train or evaluate for it, inspect the device, leave."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -156,7 +157,7 @@ def join(
     _check_renew(renew, task, any(given))
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home, asked = _place(directory, invitation, password_file, renew)
+    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
     options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
     prepare = partial(
         home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
@@ -166,16 +167,6 @@ def join(
     made = partial(_task_for, task, width, processor, data, f"{partition};test:{hold_out!r}" if hold_out else partition)
     goes_on = _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)
     raise typer.Exit(run_device(directory, goes_on, options, as_json=as_json))
-
-
-def _place(
-    directory: Path, invitation: Path, password_file: Path | None, renew: bool
-) -> tuple[DeviceDirectory, Invitation]:
-    """The device's directory and its invitation. Raises `ConfigError` for the folder of something else."""
-    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
-    if not renew:
-        home.check_free(invitation, password_file)
-    return home, asked
 
 
 def _enroll(
@@ -275,7 +266,7 @@ def init_model(
 
     Example: ternbus edge init-model digits model.safetensors --seed 1
     """
-    if out.is_file() and not force:  # it may be a model that hours of training have made
+    if os.path.lexists(out) and not out.is_dir() and not force:  # it may be a model that hours of training have made
         raise ConfigError(f"{out} exists already: give another name, or add --force to replace it")
     made = load_task(task)
     with explained(task):

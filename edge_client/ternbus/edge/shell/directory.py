@@ -41,7 +41,6 @@ KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
 RENEWAL: Final = "renewal"  # folder in which a new key is enrolled
-OURS: Final = {KEY, TOML, CA, CERTIFICATE, TLS_KEY}  # files that are in a device's folder before it has joined
 
 
 def check_frame_bytes(text: str) -> None:
@@ -217,20 +216,6 @@ class DeviceDirectory:
 
     def exists(self) -> bool:
         return (self.folder / TOML).exists()
-
-    def check_free(self, *given: Path | None) -> None:
-        """Raises `ConfigError` for a folder with files of which none is a device's; hidden ones do not count.
-
-        Nor do files that the command is ``given``, such as the invitation.
-        """
-        apart = {each.resolve() for each in given if each is not None}
-        try:
-            files = [each for each in self.folder.iterdir() if each.is_file() and not each.name.startswith(".")]
-        except OSError:  # there is none yet, or `prepare` says what is wrong with it
-            return
-        names = {each.name for each in files if each.resolve() not in apart}
-        if names and not names & OURS:
-            raise ConfigError(f"{self.folder} holds files of something else, such as {min(names)}: name a new folder")
 
     def discard(self) -> None:
         """Remove the directory; renamed first, so that a crash leaves no half of a device."""

@@ -137,6 +137,8 @@ def default_loss(outputs: Tree, targets: Tree) -> Any:
     try:
         return functional.cross_entropy(scores, targets)
     except IndexError as error:  # PyTorch names the target, but not what there is
+        if scores.ndim < 2:
+            raise
         raise IndexError(f"{error} The model has outputs for the classes 0 to {scores.shape[1] - 1}") from error
 
 

@@ -29,7 +29,7 @@ def simulate(
 
     Raises `Interrupted` before the first version.
     """
-    began = time.monotonic()
+    began, is_cut = time.monotonic(), False
     with shown:
         shown.say(f"{wanted.task} in virtual time, with {partitions.devices_in_words(wanted.devices)}")
         folder = place.aggregator if keep_ledger else None
@@ -41,9 +41,11 @@ def simulate(
         ):
 
             def look() -> None:
+                nonlocal is_cut
                 if simulation.aggregator.core.model.version == 0:
                     interrupts.check()
                 elif interrupts.came is not None:
+                    is_cut = True
                     simulation.stop()
 
             gc.freeze()  # what is loaded by now stays: the collections of a run need not look at it
@@ -51,7 +53,7 @@ def simulate(
             gc.unfreeze()
             simulation.export(place.model)
             result = simulation.report(time.monotonic() - began)
-    if interrupts.came is not None:
+    if is_cut:
         result["interrupted"] = True
     written.write(result, place, shown)
     return result
