@@ -92,7 +92,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 @contextmanager
 def running(world: World) -> Iterator[tuple[threading.Thread, Link, Inbox]]:
     """The aggregator in a thread, and its device's link once the aggregator is there."""
-    thread = threading.Thread(target=world.run, name="serving")
+    thread = threading.Thread(target=world.run)
     thread.start()
     try:
         with linked(world.url, "pi") as (link, inbox):
@@ -126,13 +126,12 @@ def test_who_asks_for_statistics_is_told_first_whom_and_for_how_long(world: Worl
     ]
 
 
-@pytest.mark.parametrize(("adders", "is_idle"), [(1, False), (3, False), (1, True)])
-def test_a_large_update_is_opened_and_added_in_threads_of_their_own_unless_there_is_nothing_else_to_do(
-    world: World, adders: int, is_idle: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("adders", [1, 3])
+def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
+    world: World, adders: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.service.adders = adders
-    monkeypatch.setattr(Service, "_is_idle", property(lambda _: is_idle))
-    verified = noted(monkeypatch, Frame, "check_digest", lambda about: about.kind == "update")
+    verified = noted(monkeypatch, Frame, "check_authentic", lambda about, _: about.kind == "update")
     read = noted(monkeypatch, Block, "read")
     added = noted(monkeypatch, ExactSum, "add_all")
     with running(world) as (_, link, inbox):
@@ -140,8 +139,7 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own_unless_there
         while (arrived := inbox.until(Arrived)).topic != RECEIPTS:
             pass
         assert Receipt.from_meta(parse(arrived.payload).meta).outcome == "accepted"
-        opener = "serving" if is_idle else "preverifier"
-        assert (verified, read) == ([opener], [opener])  # once each, and the core is left nothing of it
+        assert (verified, read) == (["preverifier"], ["preverifier"])  # once each, and the core is left nothing of it
         assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
     assert world.errors == []
     assert added == ["adding"]

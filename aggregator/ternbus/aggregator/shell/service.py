@@ -99,7 +99,6 @@ class Service:
     _answer_bytes: int = 0  # of all of them
     _unsent: int = 0  # receipts and grants, because of `ANSWER_BYTES_MAX`, that are not counted yet
     _protocol: int = 5
-    _waits: bool = False  # whether nothing is done but to wait for the queue
     _heard_at: float = 0.0  # when the broker acknowledged a publication last, or had none to acknowledge
     _logged_at: float = -LOG_S
     _change_count: int = -1
@@ -158,14 +157,9 @@ class Service:
 
     def _waiting(self, arrived: Arrived) -> Waiting:
         came_at = time.monotonic()
-        if len(arrived.payload) < WORTHWHILE_BYTES or self._is_idle:
+        if len(arrived.payload) < WORTHWHILE_BYTES:
             return Waiting(arrived, came_at, None)
         return Waiting(arrived, came_at, self._opening.submit(self._open, arrived, came_at))
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether the service can open a frame itself at once, which is less work than to have it opened."""
-        return self._waits and self._queue.empty()
 
     def _open(self, arrived: Arrived, came_at: float) -> Opened | None:
         return self._preverifier.open(arrived.topic, arrived.payload, time.monotonic() - came_at)
@@ -201,17 +195,10 @@ class Service:
         due = poll_at if deadline is None else min(poll_at, deadline)
         batch: list[Item] = []
         with suppress(queue.Empty):
-            batch.append(self._wait(max(0.0, due - now)))
+            batch.append(self._queue.get(timeout=max(0.0, due - now)))
             while len(batch) < BATCH:
                 batch.append(self._queue.get_nowait())
         return batch
-
-    def _wait(self, timeout_s: float) -> Item:
-        self._waits = True
-        try:
-            return self._queue.get(timeout=timeout_s)
-        finally:
-            self._waits = False
 
     def _translate(self, event: Item, tokens: list[Token]) -> list[events.Action]:
         now = time.monotonic()
