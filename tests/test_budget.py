@@ -72,7 +72,7 @@ def test_the_command_names_the_option_that_is_wrong(wrong: str, said: str) -> No
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("--max-epsilon 8", "--dp is '': give device, sample or sum"),
+        ("--max-epsilon 8", "--max-epsilon is for differential privacy: add --dp"),
         ("--dp sampl", "--dp is 'sampl': give device, sample or sum"),
         ("--dp sample", "--dp sample needs the largest epsilon to spend: add --max-epsilon"),
         ("--dp sample --max-epsilon 0", "--max-epsilon is 0: give a number above 0"),

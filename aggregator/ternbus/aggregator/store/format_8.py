@@ -32,7 +32,8 @@ def to_9(db: sqlite3.Connection, _folder: Path) -> None:
 def _is_copied(before: sqlite3.Connection, table: str, direction: str, db: sqlite3.Connection) -> bool:
     """Copy rows, the first or the last of them first; whether all could be read."""
     try:
-        for row in before.execute(f"SELECT topic, payload, crc FROM {table} ORDER BY topic {direction}"):  # noqa: S608
+        query = f"SELECT topic, payload, crc FROM {table} ORDER BY topic {direction}"  # noqa: S608 - the words above
+        for row in before.execute(query):
             db.execute("INSERT OR IGNORE INTO frames (topic, payload, crc) VALUES (?, ?, ?)", row)
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorcode & 0xFF not in store_format.DAMAGED:

@@ -23,7 +23,7 @@ from ternbus.edge.core.actions import Action, Log, Unsubscribe
 from ternbus.edge.core.part_requests import PartRequests
 
 GRACE_S: Final = 1.0  # for deltas to arrive through the common subscription, before parts are requested by name
-OTHER_BEGINNING: Final = (  # as where it was trained before
+OTHER_BEGINNING: Final = (  # for example with one that was trained elsewhere
     "the federation began with another model than the task's initial one; nothing to do: the device fetches it"
 )
 RETRY_S: Final = 60.0  # until the next attempt, after all snapshots failed

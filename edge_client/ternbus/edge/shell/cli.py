@@ -219,6 +219,8 @@ def _policy(kind: str, max_epsilon: float | None, max_delta: float, private: boo
         raise ConfigError(
             "--dp sum is for private sums, whose devices' draws are the noise: add --private and --helper"
         )
+    if not kind:
+        raise ConfigError("--max-epsilon is for differential privacy: add --dp")
     if kind in KINDS and max_epsilon is None:
         raise ConfigError(f"--dp {kind} needs the largest epsilon to spend: add --max-epsilon")
     return PrivacyPolicy(kind=kind, epsilon=max_epsilon or 0.0, delta=max_delta)

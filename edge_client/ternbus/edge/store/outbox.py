@@ -80,8 +80,7 @@ class Outbox:
         self._remedy = remedy(self._path)
         self._db = open_for_writing(self._path)
         self._durable = True  # what the connection does at a commit
-        self._erases = True  # likewise, whether it overwrites what is deleted
-        self._db.execute("PRAGMA secure_delete = ON")
+        self._erases: bool | None = None  # likewise, whether it overwrites what is deleted; None: as SQLite was built
         with naming(self._path):
             self._stored = _read(self._db)  # the content of the file
             self.state = (self._stored or State(key=key)).with_receipt(0)  # which a save then writes
