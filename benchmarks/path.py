@@ -38,7 +38,7 @@ from ternbus.broker.protocol.frame import FRAME_BYTES, parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import cut
-from ternbus.broker.protocol.schema import Schema, vector_blake3, vector_digest
+from ternbus.broker.protocol.schema import Schema, vector_digest, vector_xxh3
 from ternbus.broker.protocol.ternary import ZSTD, Block, encode, nearest_block
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.edge.learn.compress import compress
@@ -225,16 +225,16 @@ def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
             "nearest_ms": cpu_ms(lambda: nearest_block(schema, change)),
             "apply_ms": cpu_ms(lambda: block.apply(vector)),
             "vector_digest_ms": cpu_ms(lambda: vector_digest(vector)),
-            "vector_blake3_ms": cpu_ms(lambda: vector_blake3(vector)),
+            "vector_xxh3_ms": cpu_ms(lambda: vector_xxh3(vector)),
             "store_ms": cpu_ms(store),
         }
 
 
 def bare_sums(parts: Mapping[str, float], buffer: int) -> dict[str, float]:
     """The bare parts of an update by role; what an aggregator does once a version is shared by its updates."""
-    device = ("read_ms", "verify_ms", "apply_ms", "vector_blake3_ms", "compress_ms", "zstd_ms", "sign_ms", "store_ms")
+    device = ("read_ms", "verify_ms", "apply_ms", "vector_xxh3_ms", "compress_ms", "zstd_ms", "sign_ms", "store_ms")
     update = ("verify_ms", "read_ms", "add_ms", "store_ms")
-    version = ("total_ms", "nearest_ms", "zstd_ms", "sign_ms", "apply_ms", "vector_digest_ms", "vector_blake3_ms")
+    version = ("total_ms", "nearest_ms", "zstd_ms", "sign_ms", "apply_ms", "vector_digest_ms", "vector_xxh3_ms")
     return {
         "device": sum(parts[each] for each in device),
         "aggregator": sum(parts[each] for each in update) + sum(parts[each] for each in version) / buffer,

@@ -8,10 +8,10 @@ from support.scripted_aggregator import FEDERATION
 from ternbus.broker.protocol.schema import vector_digest
 
 
-@pytest.mark.parametrize("fast_digest", [True, False])
+@pytest.mark.parametrize("checksum", [True, False])
 @pytest.mark.parametrize("fault", ["digest", "length"])
-def test_a_delta_that_gives_another_digest_gives_way_to_a_snapshot(fault: str, fast_digest: bool) -> None:
-    aggregator, follower, broker = started(fast_digest=fast_digest)
+def test_a_delta_that_gives_another_digest_gives_way_to_a_snapshot(fault: str, checksum: bool) -> None:
+    aggregator, follower, broker = started(checksum=checksum)
     aggregator.advance()
     true = aggregator.vectors[1]
     if fault == "digest":

@@ -338,7 +338,7 @@ def test_an_export_writes_the_newest_version_and_stops_without_a_status_but_offl
 
 
 def test_an_export_names_the_digest_of_what_it_writes_whatever_head_and_delta_name() -> None:
-    """Where a delta has a BLAKE3 as well, devices check that one."""
+    """Where a delta has a checksum as well, devices check that one."""
     scripted = aggregator()
     scripted.advance()
     scripted.lies[1] = bytes(32)

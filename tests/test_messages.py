@@ -69,7 +69,7 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
         digest=digest,
         codec=st.text(max_size=5),
         encoding=st.text(max_size=5),
-        blake3=digest,
+        xxh3=st.binary(min_size=16, max_size=16),
     ),
     Update: st.builds(
         Update,
@@ -116,7 +116,7 @@ KINDS: dict[Any, st.SearchStrategy[Any]] = {
 ORDER = {
     Head: "version digest schema snapshot slots max_staleness direct_parts state plan",
     Snapshot: "version digest schema_bytes bytes encoding",
-    Delta: "version digest codec encoding blake3",
+    Delta: "version digest codec encoding xxh3",
     Update: "base samples codec encoding sealed metrics",
     Offer: "base parts",
     Grant: "device device_key seq parts deadline_s",
@@ -125,7 +125,7 @@ ORDER = {
     Metrics: "version samples split values",
     Enroll: "public_key",
 }
-OPTIONAL = {Delta: {"blake3"}, Receipt: {"reason", "retry_after_s", "highest_seq"}, Status: {"failing"}}
+OPTIONAL = {Delta: {"xxh3"}, Receipt: {"reason", "retry_after_s", "highest_seq"}, Status: {"failing"}}
 ALL = sorted(KINDS, key=lambda kind: kind.__name__)
 
 plain = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()

@@ -19,7 +19,7 @@ from ternbus.edge.shell.preflight import check
 # installed, and of the standard library.
 HOSTILE = [
     "broker", "lab/__init__", "aggregator/__init__", "edge_client/__init__", "safetensors", "numpy", "typer",
-    "blake3", "msgpack", "zstandard", "nacl", "paho/__init__", "rich", "click", "cryptography", "matplotlib", "opacus",
+    "xxhash", "msgpack", "zstandard", "nacl", "paho/__init__", "rich", "click", "cryptography", "matplotlib", "opacus",
     "dp_accounting", "ternbus_rows", "attr", "IPython", "yaml", "onnx", "pandas", "tensorboard", "json", "queue",
     "sqlite3", "tempfile", "socket", "copy", "random", "statistics", "multiprocessing", "concurrent/__init__",
 ]  # fmt: skip

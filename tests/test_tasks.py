@@ -212,7 +212,7 @@ def test_float_buffers_travel_and_counters_do_not_and_augmentation_is_seeded() -
 def test_the_demo_without_torch_imports_no_torch_and_stays_small() -> None:
     """Trains digits-numpy beside all that an agent imports, in a process of its own: under 60 MB resident."""
     program = """
-import sys, blake3, msgpack, nacl.public, nacl.signing, paho.mqtt.client, zstandard
+import sys, msgpack, nacl.public, nacl.signing, paho.mqtt.client, xxhash, zstandard
 from ternbus.edge.learn import partition, terngrad
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.learn.task_loader import load_task

@@ -16,7 +16,7 @@ from ternbus.broker.protocol.identity import Identity, enroll_proof, seal
 from ternbus.broker.protocol.messages import Enroll, Metrics, Receipt, Update
 from ternbus.broker.protocol.model_messages import Candidate, Delta, Head
 from ternbus.broker.protocol.parts import Collector
-from ternbus.broker.protocol.schema import Schema, Tensor, vector_blake3, vector_digest, vector_of
+from ternbus.broker.protocol.schema import Schema, Tensor, vector_digest, vector_of, vector_xxh3
 from ternbus.broker.protocol.statistics import Measured, StatisticsAnswer, StatisticsRequest
 from ternbus.broker.protocol.ternary import Block, content_bytes, decode, encode, pack, unpack
 
@@ -183,7 +183,7 @@ def test_metrics_byte_for_byte_with_directions_and_as_a_stranger_writes_them(nam
 
 
 @pytest.mark.parametrize(("name", "seq"), [("", 97), ("plain_", 98)])
-def test_a_delta_byte_for_byte_with_a_fast_digest_and_without(name: str, seq: int) -> None:
+def test_a_delta_byte_for_byte_with_a_checksum_and_without(name: str, seq: int) -> None:
     frame = frames.parse(unhex("delta", f"{name}frame"))
     frame.check_authentic(AGGREGATOR.public)
     delta = Delta.from_meta(frame.meta)
@@ -193,7 +193,7 @@ def test_a_delta_byte_for_byte_with_a_fast_digest_and_without(name: str, seq: in
     assert frames.build(AGGREGATOR, meta=delta.meta(), body=CONTENT, **about) == unhex("delta", f"{name}frame")
     vector = Block.read(SCHEMA, delta.codec, delta.encoding, frame.body).apply(VECTOR)
     assert vector_digest(vector) == delta.digest
-    assert delta.blake3 == (b"" if name else vector_blake3(vector))
+    assert delta.xxh3 == (b"" if name else vector_xxh3(vector))
 
 
 @pytest.mark.parametrize("what", VECTORS["malformed_deltas"])

@@ -11,7 +11,7 @@ from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.messages import Grant, Receipt, Status
 from ternbus.broker.protocol.model_messages import Candidate, Delta, Head, Snapshot, SnapshotRef
 from ternbus.broker.protocol.parts import cut
-from ternbus.broker.protocol.schema import Schema, Vector, vector_blake3, vector_digest
+from ternbus.broker.protocol.schema import Schema, Vector, vector_digest, vector_xxh3
 from ternbus.broker.protocol.ternary import RAW, ZSTD, Block, encode, nearest_block
 
 SHAPES = {"w": (50, 20), "b": (7,)}
@@ -29,7 +29,7 @@ class ScriptedAggregator:
     direct_parts: int = 8
     max_staleness: int = 2
     state: str = "open"
-    fast_digest: bool = True  # whether deltas have a BLAKE3 beside their digest
+    checksum: bool = True  # whether deltas have a checksum beside their digest
     lies: dict[int, bytes] = field(default_factory=dict)  # digests that are not those of the versions
     plan: dict[str, Any] = field(default_factory=dict)
     statistics: Any = None  # asked for in heads
@@ -103,7 +103,7 @@ class ScriptedAggregator:
                 digest=self.digest(version),
                 codec=block.codec,
                 encoding=RAW,
-                blake3=vector_blake3(vector) if self.fast_digest else b"",
+                xxh3=vector_xxh3(vector) if self.checksum else b"",
             )
             frames = self.cut(Delta.KIND, about.meta(), encode(block.content, RAW))
             slot = version % self.slots

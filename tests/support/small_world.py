@@ -30,7 +30,7 @@ from ternbus.broker.protocol.identity import Identity, KeyId, enroll_proof, seal
 from ternbus.broker.protocol.messages import Enroll, Metrics, Offer, Receipt, Status, Update
 from ternbus.broker.protocol.model_messages import Head, Snapshot
 from ternbus.broker.protocol.parts import cut
-from ternbus.broker.protocol.schema import Schema, vector_blake3, vector_digest, vector_of
+from ternbus.broker.protocol.schema import Schema, vector_digest, vector_of, vector_xxh3
 from ternbus.broker.protocol.ternary import Block, decode, encode
 
 LAB = "lab"
@@ -412,6 +412,6 @@ def follow(retained: Mapping[str, bytes], public: bytes) -> tuple[int, bytes]:
             raise LostError(f"slot {version % head.slots} holds {frame.meta['version']}, not {version}")
         vector = Block.read(schema, frame.meta["codec"], frame.meta["encoding"], body).apply(vector)
         assert vector_digest(vector) == frame.meta["digest"]
-        assert vector_blake3(vector) == frame.meta["blake3"]
+        assert vector_xxh3(vector) == frame.meta["xxh3"]
     assert vector_digest(vector) == head.digest
     return head.version, head.digest

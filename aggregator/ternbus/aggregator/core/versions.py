@@ -22,7 +22,7 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.broker.protocol.model_messages import Delta, Head, SnapshotRef
-from ternbus.broker.protocol.schema import Vector, vector_blake3, vector_digest
+from ternbus.broker.protocol.schema import Vector, vector_digest, vector_xxh3
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
 LEAPS_MAX: Final = 2**27  # minutes, 255 years: a clock that is wrong leaves room below 2^62
@@ -116,7 +116,7 @@ class Versions:
             digest=merged.digest,
             codec=merged.block.codec,
             encoding=encoding,
-            blake3=vector_blake3(self.model.published),
+            xxh3=vector_xxh3(self.model.published),
         )
         reserved, frames = self.frames.delta(delta, body)
         made = records.VersionMade(

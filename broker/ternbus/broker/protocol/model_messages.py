@@ -115,11 +115,11 @@ class Delta:
     digest: bytes
     codec: str
     encoding: str
-    blake3: bytes = b""  # BLAKE3 of the new vector; empty, and then not in the map, if the sender does not say it
+    xxh3: bytes = b""  # checksum of the new vector; empty, and then not in the map, if the sender does not say it
 
     def meta(self) -> dict[str, Any]:
         meta = {"version": self.version, "digest": self.digest, "codec": self.codec, "encoding": self.encoding}
-        return meta | ({"blake3": self.blake3} if self.blake3 else {})
+        return meta | ({"xxh3": self.xxh3} if self.xxh3 else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -128,7 +128,7 @@ class Delta:
             digest=meta_fields.binary(meta, "digest", 32),
             codec=meta_fields.text(meta, "codec"),
             encoding=meta_fields.text(meta, "encoding"),
-            blake3=meta_fields.binary(meta, "blake3", 32) if "blake3" in meta else b"",
+            xxh3=meta_fields.binary(meta, "xxh3", 16) if "xxh3" in meta else b"",
         )
 
 

@@ -16,7 +16,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.parts import Collector, parts_max
-from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_blake3, vector_digest, vector_of
+from ternbus.broker.protocol.schema import Schema, Vector, to_vector, vector_digest, vector_of, vector_xxh3
 from ternbus.broker.protocol.ternary import Block, decode
 from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Action, Log, Unsubscribe
@@ -258,13 +258,14 @@ class Follower:
         return ""
 
     def _is_of(self, delta: Delta, vector: Vector) -> bool:
-        """Whether the delta's digest is this vector's: by BLAKE3 where the delta has it, in a seventh of the time.
+        """Whether the delta's digest is this vector's: by the checksum where the delta has one, in a 25th of the time.
 
-        The context of a private update names ``digest``: there the device believes no other one. An aggregator could
-        otherwise have one device train on another model under the digest of all.
+        The aggregator's signature is on both, so that the checksum need find errors only. The context of a private
+        update names ``digest``: there the device believes nothing else. An aggregator could otherwise have one device
+        train on another model under the digest of all.
         """
-        if delta.blake3 and not self.is_private:
-            return vector_blake3(vector) == delta.blake3
+        if delta.xxh3 and not self.is_private:
+            return vector_xxh3(vector) == delta.xxh3
         return vector_digest(vector) == delta.digest
 
     def _request_deltas(self, now: float) -> list[Action]:

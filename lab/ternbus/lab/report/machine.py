@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-PACKAGES: Final = ("blake3", "numpy", "paho-mqtt", "pynacl", "zstandard", "torch")
+PACKAGES: Final = ("numpy", "paho-mqtt", "pynacl", "xxhash", "zstandard", "torch")
 
 
 def describe() -> dict[str, Any]:
