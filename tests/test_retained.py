@@ -117,6 +117,42 @@ def test_each_version_s_delta_is_not_asked_for(make: Make) -> None:
     assert found == [topics.snapshot(LAB, 1, 0), topics.snapshot(LAB, 0, 0)]
 
 
+def is_snapshot(action: events.Action) -> bool:
+    return isinstance(action, events.Publish) and "/snapshot/" in action.topic
+
+
+def test_a_snapshot_follows_once_the_broker_has_the_version_that_it_is_due_with(make: Make) -> None:
+    """Devices train on that version meanwhile. After a snapshot no head is awaited until the next one is due."""
+    bench = make(merge__buffer_size=1, downlink__slots=6)
+    bench.acknowledges, pi = False, bench.join("pi")
+    acknowledge(bench, *parts_of(bench))
+    for version in range(3):
+        assert HEAD not in bench.core.awaited
+        assert not any(map(is_snapshot, acknowledge(bench, HEAD)))
+        bench.send(pi, ternary_block(bench.schema, version), version)
+        assert not any(map(is_snapshot, bench.last))
+    assert HEAD in bench.core.awaited
+    assert bench.head.snapshot.version == 0
+    assert any(map(is_snapshot, acknowledge(bench, HEAD)))
+    assert (bench.head.version, bench.head.snapshot.version) == (3, 3)
+    assert HEAD not in bench.core.awaited
+    assert not any(map(is_snapshot, acknowledge(bench, HEAD)))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6])
+def test_where_the_broker_acknowledges_nothing_no_delta_is_lost_before_a_snapshot(make: Make, slots: int) -> None:
+    """Also where the aggregator ends between a version and its snapshot."""
+    bench = make(merge__buffer_size=1, downlink__slots=slots)
+    bench.acknowledges, pi = False, bench.join("pi")
+    for version in range(3 * slots + 1):
+        bench.send(pi, ternary_block(bench.schema, version), version)
+        assert bench.head.version - bench.head.snapshot.version == (version + 1) % slots
+        assert follow(bench.retained, bench.identity.public) == (version + 1, bench.head.digest)
+        if version % 2:
+            bench.restart()
+            bench.start()
+
+
 @pytest.mark.parametrize("held", [None, "another"])
 def test_a_part_that_does_not_come_back_is_named_and_published_again(make: Make, held: str | None) -> None:
     """Neither when the broker holds nothing nor when it holds what was there before."""

@@ -200,6 +200,7 @@ class Bench:
         self.published: list[events.Publish] = []
         self.retained: dict[str, bytes] = {}
         self.last: list[events.Action] = []
+        self.acknowledges = True  # the broker acknowledges heads; of other messages a test says it
         self.identity = Identity(read_key(directory / administration.KEY))
         self.recover()
 
@@ -247,7 +248,12 @@ class Bench:
     def handle(self, event: events.Event) -> list[events.Action]:
         if isinstance(event, events.Connected | events.Disconnected):
             self.connected = isinstance(event, events.Connected)
-        return self.perform(self.core.handle(event, self.now))
+        actions = self.perform(self.core.handle(event, self.now))
+        head = topics.head(LAB)
+        is_acknowledged = self.acknowledges and self.connected and any(_is_of(each, head) for each in actions)
+        if is_acknowledged and head in self.core.awaited:
+            self.last = [*actions, *self.perform(self.core.handle(events.Published(topic=head), self.now))]
+        return self.last
 
     def start(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
         """Start and connect to a broker that has kept what was published here before."""
@@ -415,3 +421,8 @@ def follow(retained: Mapping[str, bytes], public: bytes) -> tuple[int, bytes]:
         assert vector_xxh3(vector) == frame.meta["xxh3"]
     assert vector_digest(vector) == head.digest
     return head.version, head.digest
+
+
+def _is_of(action: events.Action, topic: str) -> bool:
+    """Whether it publishes on this topic."""
+    return isinstance(action, events.Publish) and action.topic == topic

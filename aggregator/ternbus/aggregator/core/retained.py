@@ -56,7 +56,12 @@ class Retained:
     @property
     def acknowledgements(self) -> Set[str]:
         """Topics whose PUBACK matters."""
-        return self.awaited | self.shown.clearing if self.shown.clearing else self.awaited
+        beside = {self._head} if self.versions.needs_snapshot else set()
+        return self.awaited | self.shown.clearing | beside
+
+    @property
+    def _head(self) -> str:
+        return topics.head(self.versions.settings.federation)
 
     @property
     def due(self) -> float | None:
@@ -74,6 +79,9 @@ class Retained:
 
     def acknowledged(self, topic: str, now: float) -> list[Action]:
         """The broker took a message; with the last one, ask what it keeps of the snapshot."""
+        if topic == self._head and self.versions.needs_snapshot:
+            # devices train meanwhile: of a large model it takes longer than the version did
+            return self.versions.snapshot(at_leisure=True)
         if topic not in self.awaited:
             return self.shown.acknowledged(topic)
         self.awaited.discard(topic)

@@ -138,9 +138,20 @@ class Versions:
         reserved_head, head = self._head()
         retained = self._retain([*frames, *_cleared(left), *head])
         actions = [*reserved, Save(record=made), *reserved_head, *retained]
-        if merged.version - self.published.snapshot.version >= -(-self.settings.downlink.slots // 2):
+        # the next delta would take the slot of one that the newest snapshot does not make needless
+        if self._behind >= self.published.slots:
             actions += self.snapshot(at_leisure=True)
         return actions
+
+    @property
+    def _behind(self) -> int:
+        """By how many versions the newest snapshot is older than the model."""
+        return self.model.version - self.published.snapshot.version
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether one is due, as soon as the broker has the head."""
+        return self._behind >= -(-self.published.slots // 2)
 
     def snapshot(self, *, at_leisure: bool = False) -> list[Action]:
         """Publish the whole model to the other place, then a head that names it."""
