@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import pytest
+
 from support.core_device import (
     DEVICE,
     DEVICE_KEY,
@@ -38,6 +40,19 @@ def test_a_plan_that_is_nonsense_is_not_trained_by() -> None:
     scripted.plan = {"batch_size": 7, "colour": "blue"}
     plan = only(device.arrive(scripted.head()), StartTraining).plan
     assert (plan.batch_size, dict(plan.extra)) == (7, {"colour": "blue"})
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 7.0}, {"batch_size": 7, "seal": 0}, {"batch_size": True}], ids=repr)
+def test_a_plan_is_read_by_itself_whatever_the_one_before_was(wrong: dict[str, object]) -> None:
+    """A number that equals the last one may be of a type that no plan has."""
+    scripted, device = following(scripted=aggregator(plan={"batch_size": 7, "seal": False}))
+    job = only(device.actions, StartTraining)
+    assert "bad-plan" not in logged(device.arrive(scripted.head()))
+    scripted.plan = wrong
+    assert "bad-plan" in logged(device.arrive(scripted.head()))
+    scripted.plan = {"batch_size": 7, "seal": False}
+    assert "bad-plan" not in logged(device.arrive(scripted.head()))
+    assert device.core.training.plan == job.plan
 
 
 def test_the_federations_plan_goes_before_the_tasks_own() -> None:

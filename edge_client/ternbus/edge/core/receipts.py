@@ -35,14 +35,13 @@ def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) ->
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
     """The state after a final receipt: without the update, and with its base marked as answered."""
-    without_update = settled(state, update)
     match receipt.outcome:
         case "accepted":
-            return replace(without_update, accepted=state.accepted + 1)
-        case "stale":
-            return without_update if update.private is not None else _put_back(without_update, update, schema)
-        case "duplicate" | "invalid":
-            return without_update
+            return settled(state, update, accepted=1)
+        case "stale" if update.private is None:
+            return _put_back(settled(state, update), update, schema)
+        case "stale" | "duplicate" | "invalid":
+            return settled(state, update)
         case _:
             raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an update")
 
@@ -52,9 +51,10 @@ def is_out(state: State, update: OutstandingUpdate) -> bool:
     return update.private is not None and update.base <= state.left
 
 
-def settled(state: State, update: OutstandingUpdate) -> State:
-    """The state without the update, and with its base marked as answered."""
-    return replace(state, outstanding=None, answered_base=max(state.answered_base, update.base))
+def settled(state: State, update: OutstandingUpdate, accepted: int = 0) -> State:
+    """The state without the update, and with its base marked as answered; ``accepted`` is 1 if it was."""
+    answered_base = max(state.answered_base, update.base)
+    return replace(state, outstanding=None, answered_base=answered_base, accepted=state.accepted + accepted)
 
 
 def _put_back(state: State, update: OutstandingUpdate, schema: Schema) -> State:

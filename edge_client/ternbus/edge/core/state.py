@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter, is_not
 from typing import Final
 
 from ternbus.broker.errors import ProtocolError
@@ -181,8 +182,8 @@ class State:
         The aggregator sends its newest head again. It answers an update that is outstanding, by the same receipt.
         """
         answered = self.outstanding is None and before.outstanding is not None
-        told = HEARD | ANSWERED if answered else HEARD
-        return any(getattr(self, name) is not getattr(before, name) for name in _NAMES - told)
+        values = _not_heard_or_answered if answered else _not_heard
+        return any(map(is_not, values(self), values(before)))
 
     @property
     def arm(self) -> int:
@@ -242,4 +243,7 @@ class State:
         return replace(self, seq_limit=seq_limit)
 
 
+_Values = Callable[[State], tuple[object, ...]]
 _NAMES: Final = frozenset(each.name for each in fields(State))
+_not_heard: Final[_Values] = attrgetter(*_NAMES - HEARD)
+_not_heard_or_answered: Final[_Values] = attrgetter(*_NAMES - HEARD - ANSWERED)

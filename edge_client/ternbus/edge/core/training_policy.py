@@ -1,5 +1,6 @@
 """The policy for training: by which plan, and on which version; a version with an answered update is skipped."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
@@ -57,6 +58,7 @@ class TrainingPolicy:
     failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
+    _read: tuple[str, Plan] | None = None  # the last valid plan, as a head had it
     _unaffordable: Plan | None = None  # the plan that asks for more than the budget has left
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class TrainingPolicy:
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
         keys = {name: value for name, value in head.plan.items() if name not in NOT_TRAINED_BY}
         try:
-            plan = Plan.from_meta({**self.profile.default_plan, **keys})
+            plan = self._checked(keys)
             self.arms = Arms.from_plan(head.plan)
         except ProtocolError as error:
             return self._refuse(str(error))
@@ -97,6 +99,13 @@ class TrainingPolicy:
             self._unaffordable = None
             self.failures.succeeded()  # so that it is tried at once
         return []
+
+    def _checked(self, keys: Mapping[str, object]) -> Plan:
+        """The plan with these keys; most heads have that of the one before. ProtocolError for an invalid value."""
+        written = repr(keys)  # unlike ==, it tells 1 from 1.0 and True
+        if self._read is None or self._read[0] != written:
+            self._read = written, Plan.from_meta({**self.profile.default_plan, **keys})
+        return self._read[1]
 
     def _refuse(self, reason: str) -> list[Log]:
         self.refusal = reason

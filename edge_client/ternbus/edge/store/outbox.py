@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -134,11 +135,10 @@ class Outbox:
             self._erases = is_hidden
 
     def _save_numbers(self, state: State) -> None:
-        before = self._stored or State(key=state.key)
-        for name, as_value in _VALUES.items():
-            changed = getattr(state, name) != getattr(before, name)
-            if changed or (self._stored is None and name not in _RARE):
-                insert(self._db, "kept", (name, as_value(getattr(state, name))))
+        before, is_new = self._stored or State(key=state.key), self._stored is None
+        for (name, as_value), new, old in zip(_VALUES.items(), _values(state), _values(before), strict=True):
+            if (new is not old and new != old) or (is_new and name not in _RARE):
+                insert(self._db, "kept", (name, as_value(new)))
 
     def _save_residual(self, residual: Vector | None) -> None:
         self._db.execute("DELETE FROM residual")
@@ -306,6 +306,7 @@ _VALUES: Final[Mapping[str, Callable[[Any], object]]] = {  # what `kept` holds o
     "cards": _dumps,
     "statistics": _dumps_statistics,
 }
+_values: Final[Callable[[State], tuple[Any, ...]]] = attrgetter(*_VALUES)
 
 
 def arm_of(text: str) -> int | None:
