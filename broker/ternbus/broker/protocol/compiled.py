@@ -10,6 +10,7 @@ try:
 except ModuleNotFoundError:  # they are optional
     ternbus_vectors = None
 
+FLOAT32: Final = np.dtype(np.float32)
 LOOPS: Final = ("add_rows", "apply", "change", "draw", "keep", "mean", "pack", "spread")
 # None where they are not installed, or are of an earlier version
 vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in LOOPS) else None
@@ -17,6 +18,10 @@ vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in
 
 def takes(*arrays: npt.NDArray[Any]) -> bool:
     """Whether the loops are installed and read these arrays: aligned C-contiguous float32, in the machine's order."""
-    return vectors is not None and all(
-        each.flags.c_contiguous and each.flags.aligned and each.dtype == np.float32 for each in arrays
-    )
+    if vectors is None:
+        return False
+    for each in arrays:  # not all(): this is asked of each tensor several times an update
+        flags = each.flags
+        if not (flags.c_contiguous and flags.aligned and each.dtype == FLOAT32):
+            return False
+    return True

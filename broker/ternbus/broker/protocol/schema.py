@@ -239,9 +239,11 @@ def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Ite
                 "federation's model"
             )
     for segment in schema.segments:
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = np.asarray(tensors[segment.tensor.name], dtype=np.float32).reshape(-1)
-        yield segment, values
+        values = np.asarray(tensors[segment.tensor.name])
+        if values.dtype != type_f32:
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = values.astype(np.float32)
+        yield segment, values.reshape(-1)
 
 
 def to_tensors(schema: Schema, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:

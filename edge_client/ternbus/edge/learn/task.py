@@ -39,20 +39,20 @@ class Trained:
     local: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in (*self.tensors.items(), *self.local.items()):
-            if not _is_finite(tensor):
-                raise TrainingError(
-                    f"training diverged ({name} is not finite): lower the plan's learning_rate, or remove NaN from the "
-                    "data"
-                )
+        with np.errstate(over="ignore", invalid="ignore"):
+            strange = [name for name, tensor in (*self.tensors.items(), *self.local.items()) if not _is_finite(tensor)]
+        if strange:
+            raise TrainingError(
+                f"training diverged ({strange[0]} is not finite): lower the plan's learning_rate, or remove NaN from "
+                "the data"
+            )
 
 
 def _is_finite(tensor: FloatArray) -> bool:
     """Whether no element is a NaN or an infinity; unlike isfinite(), without a second array of this size."""
     is_usual = tensor.dtype == np.float32 and tensor.flags.c_contiguous
-    with np.errstate(over="ignore", invalid="ignore"):
-        # einsum is quicker than sum(), but does not take every type, and copies what has another layout
-        total = np.einsum("i->", tensor.ravel()) if is_usual else tensor.sum()
+    # einsum is quicker than sum(), but does not take every type, and copies what has another layout
+    total = np.einsum("i->", tensor.ravel()) if is_usual else tensor.sum()
     if math.isfinite(total):  # a NaN or an infinity makes the sum one
         return True
     return math.isfinite(tensor.min()) and math.isfinite(tensor.max())  # the sum of finite ones may have no room
