@@ -250,8 +250,7 @@ class Bench:
             self.connected = isinstance(event, events.Connected)
         actions = self.perform(self.core.handle(event, self.now))
         head = topics.head(LAB)
-        is_acknowledged = self.acknowledges and self.connected and any(_is_of(each, head) for each in actions)
-        if is_acknowledged and head in self.core.awaited:
+        if self.acknowledges and head in self.core.awaited and any(_is_of(each, head) for each in actions):
             self.last = [*actions, *self.perform(self.core.handle(events.Published(topic=head), self.now))]
         return self.last
 
