@@ -160,6 +160,15 @@ LOSSES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_a_delta_that_no_device_could_be_given_again_is_found_and_made_needless(whole: World, home: Path) -> None:
+    execute(home, "DELETE FROM frames WHERE topic LIKE '%/delta/6/0'")
+    (fault,) = check(home).faults
+    assert fault.endswith("/all/delta/6/0, of version 6, is lost")
+    done = repair(home)
+    assert (done.version, done.lost) == (6 + RESTORE_LEAP, ())
+    goes_on(home, whole.devices)
+
+
 def execute_script(home: Path, script: str) -> None:
     with closing(sqlite3.connect(home / LEDGER, isolation_level=None)) as db:
         db.executescript(script)

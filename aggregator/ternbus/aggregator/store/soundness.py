@@ -67,6 +67,7 @@ def faults(ledger: Ledger, public: bytes) -> Iterator[str]:
     yield from _reading("the bodies of updates", _bodies(ledger))
     yield from _reading("the vectors", _vectors(ledger))
     yield from _reading("the retained messages", _frames(ledger, public))
+    yield from _reading("the retained deltas", _lost_deltas(ledger))
     yield from _reading("the archives", _archives(ledger))
 
 
@@ -181,3 +182,25 @@ def _frames(ledger: Ledger, public: bytes) -> Iterator[str]:
         except ProtocolError as error:
             yield f"the retained message of {checksums.shown([topic])} is not as it was written: {error}"
     yield from _lost_frames(ledger)
+
+
+def _lost_deltas(ledger: Ledger) -> Iterator[str]:
+    """The frames of deltas from the newest snapshot to the head that are not there, for a broker that loses its own.
+
+    Those that cannot be read `_frames` has named.
+    """
+    federation, slots = ledger.fact("federation"), ledger.fact("slots")
+    since, *_ = json.loads(ledger.fact("snapshot"))
+    for version in range(since + 1, ledger.version + 1):
+        part, parts = 0, 1
+        while part < parts:
+            topic = topics.delta(federation, version % slots, part)
+            row = ledger.db.execute("SELECT payload FROM frames WHERE topic = ?", (topic,)).fetchone()
+            try:
+                frame = None if row is None else parse(row[0])
+            except ProtocolError:
+                break
+            if frame is None or frame.meta.get("version") != version:
+                yield f"the retained message of {checksums.shown([topic])}, of version {version}, is lost"
+                break
+            part, parts = part + 1, frame.parts
