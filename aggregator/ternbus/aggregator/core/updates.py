@@ -23,7 +23,7 @@ from ternbus.broker.errors import ProtocolError
 from ternbus.broker.log_levels import INFO, WARNING
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import KeyId
-from ternbus.broker.protocol.messages import Grant, Receipt
+from ternbus.broker.protocol.messages import Grant, Receipt, Update
 
 GRANT_S: Final = 60.0
 BUSY_S: Final = 5.0
@@ -119,7 +119,7 @@ class Updates:
                 return self.shed(member, frame.seq, now)
             if ahead is None:  # what was read ahead is charged already
                 self.work.charge(member.name, self.validation.work_bytes(frame), now)
-        return [*self._collect(member, frame, place, now, ahead), *self._turns(now)]
+        return [*self._collect(member, frame, judged, place, now, ahead=ahead), *self._turns(now)]
 
     def _place(self, member: Member, frame: Frame, now: float) -> Place:
         """The place of an update of several parts; one that comes unasked asks by its parts."""
@@ -141,10 +141,10 @@ class Updates:
         return self._busy(member, frame.seq, now, retry_after_s=retry_after_s)
 
     def _collect(
-        self, member: Member, frame: Frame, place: Place | None, now: float, ahead: Measured | None
+        self, member: Member, frame: Frame, update: Update, place: Place | None, now: float, *, ahead: Measured | None
     ) -> list[Action]:
         collector = None if place is None else place.collector
-        valid = self.validation.collect(member, frame, self.model.version, collector, ahead)
+        valid = self.validation.collect(member, frame, update, self.model.version, collector=collector, ahead=ahead)
         if valid is None:
             return self._grant(place) if place is not None and place.has_sent else []
         self.places.leave(member.name)

@@ -157,20 +157,23 @@ class Validation:
         self,
         member: Member,
         frame: Frame,
+        update: Update,
         version: int,
+        *,
         collector: Collector | None = None,
         ahead: Measured | None = None,
     ) -> ValidUpdate | ValidPrivate | Verdict | None:
-        """Take in a part; None while parts are missing. ``ahead`` is the content of a single part, if it was read.
+        """Take in a part of an update; None while parts are missing.
 
-        ``version`` is the model's, by which the update is stale. ``collector``: where an update of several parts has
-        its place.
+        ``update`` is what `judge` made of the header, of which a message's parts have the same fields. ``version`` is
+        the model's, by which the update is stale. ``collector``: where an update of several parts has its place.
+        ``ahead`` is the content of a single part, if it was read.
         """
         if collector is None:
-            return self._read(member, whole(frame), version, ahead)
+            return self._read(member, whole(frame), update, version, ahead)
         message = collector.add(frame)
         if message is not None:
-            return self._read(member, message, version)
+            return self._read(member, message, update, version)
         return None if len(collector) else Verdict("invalid", "too-long")
 
     def work_bytes(self, frame: Frame) -> int:
@@ -189,10 +192,9 @@ class Validation:
         return encoded_bytes_max(self.work_bytes(frame)) + SEAL_BYTES
 
     def _read(
-        self, member: Member, message: Whole, version: int, ahead: Measured | None = None
+        self, member: Member, message: Whole, update: Update, version: int, ahead: Measured | None = None
     ) -> ValidUpdate | ValidPrivate | Verdict:
         try:
-            update = Update.from_meta(message.meta) if ahead is None else ahead.update
             body = self._unseal(message) if update.sealed else message.body
             if self.sums is not None:
                 return self._private(member, message, update, body, version - update.base)
