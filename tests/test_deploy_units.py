@@ -42,6 +42,14 @@ def test_the_backup_s_timer_starts_a_backup_that_may_write_where_it_writes() -> 
     assert (keep, int(number) > 1, settings["Type"]) == ("--keep", True, "oneshot")
 
 
+def test_the_aggregator_may_write_what_its_dashboard_writes_and_ends_before_the_broker() -> None:
+    aggregator, broker = UNITS[0], UNITS[1]
+    bus = f"/var/lib/{service(broker)['StateDirectory']}"  # an invitation leaves a certificate there
+    backups = service(BACKUP[0])["ReadWritePaths"].split()[1]  # a revocation a list
+    assert service(aggregator)["ReadWritePaths"].split() == [f"-{backups}", f"-{bus}"]  # "-": if it is there
+    assert broker.name in aggregator.read_text().split("\nAfter=", 1)[1].partition("\n")[0].split()
+
+
 def test_metrics_are_written_where_the_unit_may_write_and_others_may_read() -> None:
     settings = service(METRICS[0])
     _, *command, directory, option, file = settings["ExecStart"].split()
