@@ -204,6 +204,18 @@ def test_what_an_action_does_not_take_is_refused(site: Site) -> None:
     assert site.request("POST", "/actions/pause", b"[" * 4000).status == 400
 
 
+def test_a_file_that_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+    bench = Bench(make_directory(tmp_path / "aggregator"))
+    bench.close()
+    (bench.directory / "tagged").write_text("in the way")
+    with serving(bench.directory) as site:
+        site.log_in()
+        answer = site.post("/actions/tag", {"version": 0, "name": "good"})
+        row = site.get("/audit").json["records"][0]
+    words = f"cannot use {bench.directory / 'tagged'}: it is a file, not a folder; give another path"
+    assert (answer.status, answer.json["error"], row["result"]) == (503, words, f"refused: {words}")
+
+
 def test_actions_are_written_down_for_good(site: Site) -> None:
     site.post("/actions/tag", {"version": 0, "name": "first"})
     site.post("/actions/tag", {"version": 0, "name": "Bad"})

@@ -27,6 +27,7 @@ from ternbus.aggregator.dashboard.reader import Paced, Reader
 from ternbus.aggregator.dashboard.sessions import LIFE_S, Session, Sessions, TooManyError
 from ternbus.aggregator.shell import version_commands
 from ternbus.broker.errors import FederationError
+from ternbus.broker.path_errors import sentence
 
 VIEWERS_MAX: Final = 64
 BODY_WITHIN_S: Final = 10.0
@@ -105,7 +106,7 @@ class Dashboard:
                 {"error": "too many tries: wait a minute"}, 429, {"Retry-After": "60"}
             ),
             FederationError: lambda _, error: JSONResponse({"error": str(error)}, 409),
-            OSError: lambda _, error: JSONResponse({"error": str(error)}, 503),
+            OSError: lambda _, error: JSONResponse({"error": sentence(error, self.directory)}, 503),
         }
         return Guard(Starlette(routes=routes, exception_handlers=faults), hosts)
 
@@ -281,7 +282,8 @@ class Dashboard:
             async with self._acting:
                 done = await asyncio.to_thread(actions.perform, self.directory, name, asked)
         except (FederationError, OSError) as error:
-            self.audit.note(who, name, asked.about(), f"refused: {error}", done=False)
+            why = sentence(error, self.directory) if isinstance(error, OSError) else error
+            self.audit.note(who, name, asked.about(), f"refused: {why}", done=False)
             raise
         finally:
             self._waiting -= 1
