@@ -4,6 +4,7 @@ The commands of its containers run here as processes: all but the containers the
 """
 
 import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -97,6 +98,23 @@ def metrics(port: int) -> str:
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_passes(name: str) -> None:
     checked("shellcheck", DEPLOY / "compose" / name)
+
+
+@pytest.mark.slow
+def test_a_host_that_changes_after_the_first_start_is_ignored_and_said(tmp_path: Path) -> None:
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DATA": str(tmp_path), "EVALUATOR": "judge"}
+    env |= {"FEDERATION": "home", "TASK": "digits-numpy", "DEVICES": ""}
+
+    def said(host: str) -> str:
+        command = [*SERVICES["setup"]["entrypoint"][:-1], str(SETUP)]
+        done = subprocess.run(
+            command, env={**env, "HOST": host}, capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stderr
+
+    assert said("first.example") == ""
+    assert said("first.example") == ""
+    assert "made for another host than 'second.example'" in said("second.example")
 
 
 @pytest.mark.slow

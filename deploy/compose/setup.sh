@@ -12,6 +12,8 @@ bus=$DATA/bus aggregator=$DATA/aggregator invitations=$DATA/invitations
 if [ ! -e "$bus/broker.toml" ]; then
     # The broker is a container of its own: it listens on all addresses of that.
     ternbus broker init "$bus" --engine mosquitto --listen 0.0.0.0 --port "${PORT:-8883}" --name "$HOST" --name localhost
+elif ! grep -qiF "names = [\"$HOST\"" "$bus/broker.toml"; then
+    echo "setup.sh: the broker was made for another host than '$HOST', which is ignored: deploy/compose/README.md" >&2
 fi
 
 if [ ! -e "$aggregator/aggregator.toml" ]; then
