@@ -12,15 +12,14 @@ DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 SCRIPT = DEPLOY / "pi" / "install.sh"
 
 
-def install(*options: object) -> subprocess.CompletedProcess[str]:
+def install(*options: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = ["sh", str(SCRIPT), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd)
 
 
 def test_a_dry_run_prints_each_command_and_runs_none(tmp_path: Path) -> None:
-    invitation, data = tmp_path / "my pi.toml", tmp_path / "data"
+    invitation, data = tmp_path / "my pi.toml", Path("/usr")  # a folder that the service can read
     invitation.touch()
-    data.mkdir()
     done = install(
         "--invitation", invitation, "--task", "digits", "--data", data, "--torch", "--dry-run", "--", "--width", 0.5
     )
@@ -40,6 +39,15 @@ def test_a_dry_run_prints_each_command_and_runs_none(tmp_path: Path) -> None:
     assert commands[-1] == "+ systemctl restart ternbus-edge.service"
 
 
+def test_without_a_service_data_may_be_anywhere_and_gets_an_absolute_path(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    options = ["--invitation", SCRIPT, "--task", "digits-numpy", "--no-service", "--dry-run", "--data", "data"]
+    done = install(*options, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (join,) = (line.split() for line in done.stdout.splitlines() if " edge join " in line)
+    assert join[join.index("--data") + 1] == str((tmp_path / "data").resolve())
+
+
 def test_without_a_service_nothing_of_systemd_is_touched(tmp_path: Path) -> None:
     invitation = tmp_path / "pi.toml"
     invitation.touch()
@@ -57,6 +65,11 @@ def test_without_a_service_nothing_of_systemd_is_touched(tmp_path: Path) -> None
         (["--invitation", SCRIPT], "no task is given: add --task TASK"),
         (["--invitation", SCRIPT, "--task", "digits", "--data", "/no/where"], "/no/where is not a folder"),
         (["--nonsense"], "unknown option --nonsense: see --help"),
+        (["--invitation", SCRIPT, "--task", "digits", "--data", "/tmp"], "the service cannot read /tmp: move it"),
+        (
+            ["--invitation", SCRIPT, "--task", "/home/pi/task.py:TASK"],
+            "the service cannot read /home/pi/task.py:TASK: move it",
+        ),
     ],
 )
 def test_a_mistake_is_said_in_a_line_before_anything_is_done(options: list[object], message: str) -> None:

@@ -9,7 +9,7 @@ Usage: sudo sh install.sh --invitation FILE --task TASK [OPTIONS] [-- JOIN OPTIO
 
   --invitation FILE  Invitation of this device, from `ternbus aggregator invite`.
   --task TASK        Task, as of `ternbus edge join`; a module of your own by its absolute path.
-  --data FOLDER      Folder with the task's data, readable for the user ternbus.
+  --data FOLDER      Folder with the task's data, readable for the user ternbus, not in /home, /root or /tmp.
   --torch            Install torch, for tasks that need it (about 1 GB on disk).
   --source SOURCE    What pip installs: a folder with the sources, a wheel, or a name.
                      [default: the folder above this script]
@@ -64,6 +64,15 @@ run() {
 [ -n "$task" ] || fail "no task is given: add --task TASK"
 [ -r "$invitation" ] || fail "$invitation cannot be read: give the file from ternbus aggregator invite"
 [ -z "$data" ] || [ -d "$data" ] || fail "$data is not a folder: correct --data"
+[ -z "$data" ] || data=$(cd "$data" && pwd -P)
+for needed in "$data/" "$task"; do
+    case $needed in
+    /home/* | /root/* | /tmp/* | /var/tmp/*)
+        [ "$service" = no ] || [ -d "$units/ternbus-edge.service.d" ] || fail "the service cannot read ${needed%/}: \
+move it, for example to /srv, or relax the unit first, as deploy/README.md says"
+        ;;
+    esac
+done
 if [ "$dry_run" = no ]; then
     [ "$(id -u)" = 0 ] || fail "it installs packages and a service: run it with sudo"
     [ "$(getconf LONG_BIT)" = 64 ] || fail "this system has 32 bits, and torch and nats-server have no packages for it: \
@@ -98,7 +107,7 @@ fi
 run install -d -o ternbus -g ternbus -m 0755 /var/lib/ternbus
 run install -d -o ternbus -g ternbus -m 0700 "$home"
 if [ -e "$home/edge.toml" ] && ! grep -q '^code = ".' "$home/edge.toml"; then
-    echo "$home has joined already"
+    echo "$home has joined already: invitation, task, data and options of joining stay as they were"
 else
     copy=$(mktemp)
     trap 'rm -f "$copy"' EXIT
