@@ -120,7 +120,7 @@ def test_init_moves_into_a_directory_that_holds_other_things(tmp_path: Path, mod
         (["--set", "plan.x=1e400"], "plan.x"),
         (["--federation", "No"], "invalid federation name"),
         (["--broker", "localhost"], "mqtt://HOST:PORT"),
-        (["--model", "/none.safetensors"], "as a safetensors file"),
+        (["--model", "/none.safetensors"], "cannot read /none.safetensors: No such file or directory"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -234,7 +234,7 @@ def test_what_is_no_backup_or_is_the_folder_itself_is_not_restored(bench: Bench,
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for source, directory, said in (
         (copied, tmp_path / "new", r"backup.toml is missing; .* ternbus aggregator restored"),
-        (tmp_path / "nothing", tmp_path / "new", "is not a backup"),
+        (tmp_path / "nothing", tmp_path / "new", "there is no .*nothing: give the folder of a backup"),
         (made, made, "are one folder"),
         (within, bench.directory, "or one is in the other"),
         (made, made / "agg", "or one is in the other"),

@@ -364,7 +364,7 @@ def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: BrokerDirectory, tm
             (folder / file).chmod(0o600)
     certificates, agg, model = tmp_path / "certificates", tmp_path / "agg", {"w": np.zeros(3)}
     own = certificates / "aggregator-lab"
-    aggregators.create(agg, federation="lab", broker=bus.url, model=model, certificates=own)
+    aggregators.create(agg, federation="lab", broker=bus.url, model=model, credentials=transport.in_folder(own))
     with pytest.raises(ConfigError, match="add --certificates FOLDER"):
         aggregators.invite(agg, "pi-1")
     (invitation,) = aggregators.invite(agg, "pi-1", certificates=certificates)

@@ -41,8 +41,10 @@ def test_only_floating_point_tensors_are_the_model_s(tmp_path: Path) -> None:
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    with pytest.raises(ConfigError, match=r"cannot read .* as a safetensors file"):
+    with pytest.raises(ConfigError, match=r"^cannot read .*model\.safetensors: No such file or directory$"):
         load_safetensors(path)
+    with pytest.raises(ConfigError, match=r"^cannot read .*: it is a folder, not a file; give the path of a file$"):
+        load_safetensors(tmp_path)
     path.write_bytes(b"nonsense")
     with pytest.raises(ConfigError, match=r"cannot read .* as a safetensors file"):
         load_safetensors(path)

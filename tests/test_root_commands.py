@@ -78,7 +78,13 @@ def test_what_root_does_leaves_no_file_of_root(services: Path) -> None:
         assert "at version" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    assert (owners(agg), owners(bus), owners(services / "helper")) == ({}, {}, {})
+    other, own = services / "other", services / "certificates" / f"aggregator-{LAB}"  # which only root may read
+    other.mkdir(mode=0o700)
+    os.chown(other, OTHER, OTHER)
+    run("broker", "certificate", bus, own.name, "--federation", LAB, "--out", own.parent)
+    away = "mqtts://127.0.0.1:1"
+    run("aggregator", "init", other, "--federation", LAB, "--broker", away, "--tls", own, "--model", model)
+    assert (owners(agg), owners(bus), owners(services / "helper"), owners(other)) == ({}, {}, {}, {})
     assert "paused" in run("aggregator", "status", agg)  # which has become the user
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, replacing
+from ternbus.broker.path_errors import sentence
 
 
 def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -19,6 +20,7 @@ def load_safetensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - most commands do not need it
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.offset_keys()}
@@ -36,11 +38,20 @@ def load_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, empty if it has none; ConfigError if the file cannot be read."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"cannot read {path} as a safetensors file: {error}") from error
+
+
+def _check_opens(path: Path) -> None:
+    """The library says of every file that it cannot open that there is none. ConfigError with the system's reason."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(sentence(error, path, "cannot read ")) from error
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], about: Mapping[str, str]) -> None:

@@ -66,13 +66,13 @@ def create(
     settings: Mapping[str, object] | None = None,
     dense: Sequence[str] = (),
     kinds: TensorKinds | None = None,
-    certificates: Path | None = None,
+    credentials: transport.Credentials | None = None,
 ) -> Settings:
     """Make an aggregator: keys, settings, and version 0 from ``model`` (name -> array, any float type).
 
     Without ``kinds`` the names of the tensors tell which are statistics and which never negative.
-    ``certificates`` is a folder with its own ones, where no authority is set that makes them. Nothing is left behind
-    where it fails. ConfigError where the directory holds one already, or must not be written.
+    ``credentials`` are its own ones, where no authority is set that makes them. Nothing is left behind where it fails.
+    ConfigError where the directory holds one already, or must not be written.
     """
     directory = directory.resolve()
     swapping.check(directory)
@@ -96,7 +96,7 @@ def create(
         with files.naming(directory, instead_of=partial):
             partial.mkdir(parents=True, mode=0o700)
         _fill(partial, checked, schema, vector, kinds)
-        transport.equip(partial, checked, certificates, directory)
+        transport.equip(partial, checked, credentials, directory)
         _move_into(partial, directory)
     except OSError as error:
         raise files.fault(error, directory, "cannot make ") from error

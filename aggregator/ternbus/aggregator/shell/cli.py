@@ -38,6 +38,7 @@ from ternbus.aggregator.shell.arguments import (
     Settings,
 )
 from ternbus.aggregator.shell.service import Service
+from ternbus.aggregator.shell.transport import in_folder as credentials_in
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError
@@ -122,6 +123,7 @@ def init(
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
+    credentials = credentials_in(tls) if tls is not None else None
     act_as_owner(directory)
     administration.create(
         directory,
@@ -131,7 +133,7 @@ def init(
         settings=overrides,
         dense=dense or (),
         kinds=first.kinds,
-        certificates=tls,
+        credentials=credentials,
     )
     elements = sum(array.size for array in first.tensors.values())
     typer.echo(f"{directory}: federation {federation!r}, {len(first.tensors)} tensors, {elements:,} parameters")

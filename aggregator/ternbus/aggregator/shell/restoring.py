@@ -101,6 +101,8 @@ def restored(directory: Path, software: str) -> Restored:
 
 
 def _refuse_other_than_a_backup(source: Path, directory: Path) -> None:
+    if not source.exists():
+        raise ConfigError(f"there is no {source}: give the folder of a backup, such as /backups/FEDERATION-TIME")
     if not (source / backup.MANIFEST).exists():
         raise ConfigError(
             f"{source} is not a backup that `ternbus aggregator backup` made: {backup.MANIFEST} is missing; "

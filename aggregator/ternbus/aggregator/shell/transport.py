@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ternbus.aggregator.settings import Settings, TransportSettings
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import expanded, read_password, read_secret, write_secret
+from ternbus.broker.files import expanded, read_password, read_secret, storing, write_secret
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol import topics
@@ -33,9 +33,9 @@ def client_name(federation: str) -> str:
     return f"{AGGREGATOR}-{federation}"
 
 
-def equip(directory: Path, settings: Settings, certificates: Path | None, home: Path) -> None:
-    """Write the aggregator's credentials into its directory: out of a folder, or issued by its broker's authority."""
-    credentials = _credentials(settings, client_name(settings.federation), certificates, home)
+def equip(directory: Path, settings: Settings, given: Credentials | None, home: Path) -> None:
+    """Write the aggregator's credentials into its directory: those given, or issued by its broker's authority."""
+    credentials = given or _issued(settings, client_name(settings.federation), home)
     for name, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
         if pem is not None:
             write_secret(directory / name, pem.encode())
@@ -43,9 +43,10 @@ def equip(directory: Path, settings: Settings, certificates: Path | None, home: 
 
 def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Credentials:
     """A device's credentials; without an authority and a folder only the broker's CA, if there is one."""
-    if certificates is not None or settings.transport.authority:
-        folder = certificates / device if certificates is not None else None
-        return _credentials(settings, device, folder, directory)
+    if certificates is not None:
+        return in_folder(certificates / device)
+    if settings.transport.authority:
+        return _issued(settings, device, directory)
     if (directory / CERTIFICATE).exists():
         raise ConfigError(
             f"the broker requires a certificate of {device}: ask its operator for one and add --certificates FOLDER"
@@ -91,12 +92,16 @@ def _refresh(directory: Path, settings: Settings) -> None:
             write_secret(directory / ours, theirs.read_bytes())
 
 
-def _credentials(settings: Settings, name: str, folder: Path | None, home: Path) -> Credentials:
-    if folder is not None:
+def in_folder(folder: Path) -> Credentials:
+    """Those that `ternbus broker certificate` made. ConfigError where there are none, or this user cannot read them."""
+    with storing(folder):
         ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
-        if ca is None and certificate is None:
-            raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
-        return Credentials(ca=ca, certificate=certificate, key=key)
+    if ca is None and certificate is None:
+        raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
+    return Credentials(ca=ca, certificate=certificate, key=key)
+
+
+def _issued(settings: Settings, name: str, home: Path) -> Credentials:
     if settings.transport.authority:
         issued = _authority(settings, home).issue(name, settings.federation)
         return Credentials(ca=issued.authority, certificate=issued.certificate, key=issued.key)
