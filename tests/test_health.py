@@ -63,6 +63,7 @@ def test_whom_the_next_version_waits_for_is_said_with_the_time() -> None:
         ({"situation": Situation(running_s=90, connected_s=None, lost_s=60, fault="x")}, State.DOWN, "disconnected"),
         ({"situation": Situation(running_s=9, connected_s=None, lost_s=6)}, State.DEGRADED, "disconnected"),
         ({"situation": replace(CONNECTED, unacknowledged_s=60.0)}, State.DOWN, "broker-silent"),
+        ({"situation": replace(CONNECTED, withheld="x/head (why): y")}, State.DEGRADED, "broker-refuses"),
         ({"disk_free": 0.04}, State.DOWN, "disk"),
         ({"disk_free": 0.09}, State.DEGRADED, "disk"),
         ({"broker_disk_full": True}, State.DOWN, "broker-disk"),

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, ternary_block
-from ternbus.aggregator.core import events, retained
+from support.small_world import LAB, Bench, Device, follow, frames_of, refusals, saved, ternary_block
+from ternbus.aggregator.core import events, records, retained
 from ternbus.aggregator.core.retained import ACKNOWLEDGE_S, ASK_S, READ_MAX, RETRY_MAX_S, RETRY_S
 from ternbus.broker.backoff import CUT_SHORT
 from ternbus.broker.protocol import topics
@@ -255,6 +255,29 @@ def test_a_refused_delta_head_or_status_is_published_again_and_a_receipt_is_not(
     assert [frame.meta["state"] for frame in frames_of(done, "status")] == ["online"]
     assert lines(acknowledge(bench, delta, HEAD, STATUS)) == ["the broker holds all retained messages again"]
     assert lines(bench.handle(events.Refused(topic=HEAD, reason="Quota exceeded"))) != []
+
+
+def withheld(bench: Bench) -> str:
+    """As the status has it."""
+    (record,) = saved(bench.handle(events.CountsRequested()), records.SituationTold)
+    assert isinstance(record, records.SituationTold)
+    return record.situation.withheld
+
+
+def test_the_status_has_what_is_refused_until_the_broker_takes_it(make: Make) -> None:
+    bench = make()
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    assert withheld(bench) == ""
+    bench.handle(events.Refused(topic=RECEIPT, reason="Not authorized"))  # which nobody begins with
+    assert withheld(bench) == ""
+    bench.handle(events.Refused(topic=HEAD, reason="Not authorized"))
+    assert withheld(bench).startswith(f"{HEAD} (Not authorized): allow this user the topics")
+    bench.handle(events.Refused(topic=STATUS, reason="Not authorized"))
+    assert withheld(bench).startswith(f"{HEAD} and 1 more (Not authorized): ")
+    wait(bench, RETRY_S)
+    acknowledge(bench, HEAD, STATUS)
+    assert withheld(bench) == ""
 
 
 def test_a_broker_that_acknowledges_nothing_is_named_once(make: Make) -> None:

@@ -141,7 +141,7 @@ class Core:
             enrollment=self._enrollment, revocations=self._revocations, merging=self._merging, private=self._private,
             statistics=self._statistics,
         )  # fmt: skip
-        self._reconnect, self._watch = Reconnect(salt=self.identity.public.hex()), Watch(registry=self.registry)
+        self._reconnect, self._watch = Reconnect(salt=self.identity.public.hex()), Watch(self.registry, self._retained)
 
     def _with_private(self, sums: PrivateSums) -> Private:
         private = Private.of(

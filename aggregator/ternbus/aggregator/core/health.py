@@ -159,6 +159,9 @@ def _process(view: View) -> list[Finding]:
         text = "the broker acknowledges nothing that it is sent: its disk may be full; look at its log"
         since = view.now - situation.unacknowledged_s
         return [Finding(level=Level.DOWN, kind="broker-silent", text=text, since=since)]
+    if situation.withheld:
+        text = f"the broker does not hold what devices begin with: {situation.withheld}"
+        return [Finding(level=Level.DEGRADED, kind="broker-refuses", text=text)]
     return []
 
 

@@ -64,6 +64,15 @@ class Retained:
         return topics.head(self.versions.settings.federation)
 
     @property
+    def withheld(self) -> str:
+        """A message that the broker refused or dropped, with what to do; empty: none that devices begin with."""
+        if not self._lost:
+            return ""
+        topic, why = next(iter(self._lost.items()))
+        more = f" and {len(self._lost) - 1} more" if len(self._lost) > 1 else ""
+        return f"{topic}{more} ({why}): {self._advice(why)}"
+
+    @property
     def due(self) -> float | None:
         """When ``on_time`` has something to do."""
         return min((due for due in (self._due, self.shown.due) if due is not None), default=None)

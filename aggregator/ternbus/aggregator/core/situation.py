@@ -29,6 +29,7 @@ class Situation:
     lost_s: float | None  # without a connection, since it was lost or since the start; None: there is one
     fault: str = ""  # why there is none
     unacknowledged_s: float = 0.0  # how long the broker has acknowledged nothing of what it was sent
+    withheld: str = ""  # a retained message that the broker refused or dropped, and what to do
     waiting: Waiting = field(default_factory=Waiting)
     losses: Mapping[str, float] = field(default_factory=dict)  # of devices' last trainings, as they say
 

@@ -8,6 +8,7 @@ from ternbus.aggregator.core.events import CountsRequested, Save
 from ternbus.aggregator.core.merge_trigger import MergeTrigger, Online
 from ternbus.aggregator.core.records import SituationTold
 from ternbus.aggregator.core.registry import Registry
+from ternbus.aggregator.core.retained import Retained
 from ternbus.aggregator.core.situation import NAMED_MAX, Situation, Waiting
 
 
@@ -35,11 +36,12 @@ def waiting(
     )
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Watch:
     """Remembers since when there is a connection, or none, and why."""
 
     registry: Registry
+    retained: Retained
     started_at: float = 0.0
     _connected_at: float | None = None
     _lost_at: float = 0.0
@@ -66,6 +68,7 @@ class Watch:
             lost_s=now - self._lost_at if connected is None else None,
             fault=self._fault,
             unacknowledged_s=asked.unacknowledged_s,
+            withheld=self.retained.withheld,
             waiting=waiting,
             losses={name: each.loss for name, each in self.registry.members.items() if each.loss is not None},
         )
