@@ -28,6 +28,8 @@ def test_no_process_is_down_and_the_line_says_how_to_start_it(make: Make) -> Non
     assert code == 2
     assert line.startswith("TERNBUS CRITICAL - lab: no process serves this directory")
     assert f"ternbus aggregator run {bench.directory}" in line
+    (bench.directory / "broker").mkdir()  # as `up` makes it, and `run` does not start it
+    assert f"ternbus aggregator up {bench.directory}" in checked(bench.directory)[1]
 
 
 def test_a_closed_federation_is_fine(make: Make) -> None:

@@ -143,7 +143,7 @@ def _process(view: View) -> list[Finding]:
     if not view.running:
         if view.state == CLOSED:
             return [Finding(kind="stopped", text="no process runs, and the federation is closed")]
-        text = f"no process serves this directory; start it: ternbus aggregator run {view.directory}"
+        text = f"no process serves this directory; start it: ternbus aggregator {view.start} {view.directory}"
         return [Finding(level=Level.DOWN, kind="not-running", text=text)]
     if not view.answers:
         text = "the process runs and does not answer: look at its log, and restart it"

@@ -48,6 +48,7 @@ class View:
     now: float
     federation: str
     directory: str = "DIR"  # as commands take it
+    start: str = "run"  # the command that starts it; up: with its own broker
     state: str  # open, paused, closed
     version: int
     running: bool  # a process serves the directory

@@ -14,7 +14,7 @@ from ternbus.aggregator.core.health_view import Certificate, DeviceView, View
 from ternbus.aggregator.core.registry import ACTIVE
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.shell.quickstart import BROKER
+from ternbus.aggregator.shell.quickstart import BROKER, start_command
 from ternbus.aggregator.store import answers, control, private_status, status
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
@@ -54,6 +54,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         now=time.time(),
         federation=found["federation"],
         directory=shlex.quote(str(directory)),
+        start=start_command(directory),
         state=found["state"],
         version=found["version"],
         running=running,

@@ -72,6 +72,11 @@ class First:
                 )
 
 
+def start_command(directory: Path) -> str:
+    """The command that starts what is in the directory: `run` would wait for the broker that `up` made there."""
+    return "up" if (directory / BROKER).is_dir() else "run"
+
+
 def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:
     """The broker that this directory's federation has, or the one that its first start chooses."""
     swapping.check(directory)  # or a new federation would be begun

@@ -11,6 +11,7 @@ import typer
 from ternbus.aggregator.core.statistics import ANSWERED, INVALID, REFUSED
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import AsJson, Dir
+from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
@@ -81,7 +82,8 @@ def statistics(
         try:
             control.ask(directory, control.STATISTICS, json.dumps(asked))
         except control.NotRunningError as error:
-            raise ConfigError(f"{error}: start it with `ternbus aggregator run {directory}`, and ask again") from error
+            start = f"ternbus aggregator {start_command(directory)} {directory}"
+            raise ConfigError(f"{error}: start it with `{start}`, and ask again") from error
         _tell(directory, wait)
         _wait(directory, wait)
     found = result(directory)
