@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.shell import log
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
@@ -86,7 +87,7 @@ def _facts(audit: Audit) -> dict[str, object]:
 
 def _report(audit: Audit) -> str:
     if audit.faults:
-        return "\n".join([f"the log is not as it was written: {len(audit.faults)} faults", *audit.faults])
+        return "\n".join([f"the log is not as it was written: {counted(len(audit.faults), 'fault')}", *audit.faults])
     version, digest, entry = audit.last
     each = f", {audit.size_bytes / audit.updates:.0f} an update" if audit.updates else ""
     return (

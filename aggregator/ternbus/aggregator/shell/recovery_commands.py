@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.shell import administration, checking, repairing, restoring
 from ternbus.aggregator.shell import backup as backups
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
@@ -61,7 +62,9 @@ def check(
         counts = {"version": found.version, "updates": found.updates, "log_entries": found.log_entries}
         typer.echo(json.dumps({**facts, **counts}))
     elif found.faults:
-        typer.echo("\n".join([f"{directory} is not as it was written: {len(found.faults)} faults", *found.faults]))
+        typer.echo(
+            "\n".join([f"{directory} is not as it was written: {counted(len(found.faults), 'fault')}", *found.faults])
+        )
     else:
         typer.echo(
             f"{directory} is sound: {found.federation} at version {found.version}, "
