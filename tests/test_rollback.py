@@ -13,6 +13,7 @@ from support.private_world import HelperSide, PrivateBench, make_private
 from support.small_world import Bench, Device, float32_block, follow, initial_model, saved, scratch
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.shell import cli, log
+from ternbus.aggregator.store import soundness, version_rows
 from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.model_files import save_safetensors
@@ -77,6 +78,16 @@ def test_an_earlier_version_comes_back_bit_for_bit_above_all_that_devices_have_s
     momentum = bench.core.model.server.momentum
     assert momentum is not None
     assert not momentum.any()
+
+
+def test_a_rollback_leaves_the_versions_before_it_to_go_back_to(bench: Bench) -> None:
+    digests = advanced(bench, bench.join("pi"), 6)
+    asked(bench, "--version", "5")
+    assert asked(bench, "--version", "4") == "version 16 is version 4 again; versions up to 11 are withdrawn\n"
+    assert bench.head.digest == digests[3]
+    assert list(soundness.faults(bench.ledger, bench.identity.public)) == []
+    rows = version_rows.read(bench.ledger, 20)["versions"]
+    assert [row["version"] for row in rows if row["kept"]] == [4, 5, 6, 11, 16]  # four, from the snapshot before them
 
 
 def test_a_device_that_follows_holds_the_earlier_model_and_goes_on_from_it(bench: Bench) -> None:

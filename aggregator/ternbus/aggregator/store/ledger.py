@@ -239,8 +239,11 @@ class Ledger:
             "UPDATE updates SET segment = NULL WHERE segment IS NOT NULL AND merged <= ?", (record.version,)
         )
         set_rows.forget_merged(self.db, record.version)
-        oldest = record.version - (self.keep or int(self.fact("slots") or 0)) + 1
-        row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (max(oldest, 0),)).fetchone()
+        (oldest,) = self.db.execute(  # by their count: after a rollback or a restore numbers are left out
+            "SELECT min(version) FROM (SELECT version FROM versions WHERE version <= ? ORDER BY version DESC LIMIT ?)",
+            (record.version, self.keep or int(self.fact("slots") or 1)),
+        ).fetchone()
+        row = self.db.execute("SELECT max(version) FROM snapshots WHERE version <= ?", (oldest,)).fetchone()
         if row[0] is not None:
             if self.leaving is not None:
                 self.leaving(row[0])
