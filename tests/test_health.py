@@ -71,6 +71,7 @@ def test_whom_the_next_version_waits_for_is_said_with_the_time() -> None:
         ({"certificates": (Certificate(name="the broker", days_left=29),)}, State.DEGRADED, "certificate"),
         ({"claim": ("pi-1", 99)}, State.DEGRADED, "newer-version"),
         ({"waits_for_helpers": {"bureau": "its card"}}, State.DEGRADED, "helpers"),
+        ({"dropped": "refused: helper bureau: not-admitted: the update of pi-1"}, State.DEGRADED, "dropped"),
         ({"buffer": 1, "buffer_devices": 1, "min_devices": 2, "max_wait_s": 10.0}, State.DEGRADED, "held"),
         ({"intervals_s": (10.0,) * 4, "made_at": NOW - 601}, State.DEGRADED, "stalled"),
         ({"group": ("judge",), "withdrawn": 2}, State.DEGRADED, "withdrawn"),

@@ -216,6 +216,22 @@ def test_status_and_log_show_what_the_helper_did(helper: Any, tmp_path: Path) ->
     assert (ran.code, "not as it was written" in ran.err) == (2, True)
 
 
+def test_a_roster_with_too_few_devices_for_a_sum_is_waited_for(helper: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bureau"
+    init(helper, folder, "--invitation", invitation(tmp_path), "--roster", "own", "--min", 2)
+    with HelperStore(folder, OWN) as store:
+        assert store.state is not None
+        store.save(replace(store.state, enrolled=True))
+        store.note(Note(facts={"broker": "connected", "aggregator": "online"}))
+    with HelperDirectory(folder).locked():
+        few = "since a sum has 2 devices or more, and the roster 0"
+        waited = f"you: run `ternbus helper admit {folder} NAME KEY` for each device, {few}"
+        assert helper("status", folder, "--json").json["waits_for"] == waited
+        for number in (1, 2):
+            assert helper("admit", folder, f"pi-{number}", f"{number}" * 64).code == 0
+        assert helper("status", folder, "--json").json["waits_for"] is None
+
+
 def test_restored_makes_a_new_box_key_and_keeps_what_is_known(helper: Any, tmp_path: Path) -> None:
     folder = tmp_path / "bureau"
     init(helper, folder, "--roster", "own")

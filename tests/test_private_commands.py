@@ -203,6 +203,7 @@ def test_the_status_says_who_is_waited_for(home: Path, helper: HelperSide, capsy
         "sets": [],
         "dropped": {},
         "spoiled": {},
+        "refused": None,
     }
     row = found["helpers"]["h-1"]
     assert row.pop("seen_at") == 1000.0

@@ -19,6 +19,7 @@ CERTIFICATE_DAYS: Final = 30.0
 STALLED: Final = 10.0  # usual times between versions without one: something holds it up
 STALLED_S: Final = 600.0  # and at least so long
 WITHDRAWN: Final = 2  # candidates in a row: one may be bad luck, after two somebody should look
+NOT_ADMITTED: Final = "not-admitted"  # by a helper that has a roster of its own
 USUAL_VERSIONS: Final = 4  # as many times between versions make a usual one
 
 
@@ -201,20 +202,33 @@ def _versions(view: View) -> list[Finding]:
             f"process, and run: ternbus aggregator restored {view.directory}"
         )
         found.append(Finding(level=Level.DEGRADED, kind="newer-version", subject=device, text=text))
-    if view.waits_for_helpers:
-        text = f"private updates wait for {of_devices(list(view.waits_for_helpers), 'helper')}"
-        found.append(Finding(level=Level.DEGRADED, kind="helpers", text=text))
+    found += _private(view)
     age_s = view.now - view.made_at
     if view.buffer and view.buffer_devices < view.min_devices and age_s > view.max_wait_s:
         text = (
             f"{counted(view.buffer, 'update')} of {counted(view.buffer_devices, 'device')} wait: a version has updates "
-            f"of {view.min_devices} devices or more (merge.min_devices)"
+            f"of {view.min_devices} devices or more ({view.min_key})"
         )
         found.append(Finding(level=Level.DEGRADED, kind="held", text=text))
     often_s = usual(view.intervals_s)
     if view.state == OPEN and view.running and often_s is not None and age_s > max(STALLED * often_s, STALLED_S):
         text = f"no new version, though one came every {often_s:.0f} s"
         found.append(Finding(level=Level.DEGRADED, kind="stalled", text=text, since=view.made_at))
+    return found
+
+
+def _private(view: View) -> list[Finding]:
+    """Whether helpers open sums."""
+    if view.state == CLOSED or not view.running:
+        return []
+    found = [
+        Finding(level=Level.DEGRADED, kind="helpers", text=f"private updates wait for the helper {name}: {why}")
+        for name, why in view.waits_for_helpers.items()
+    ]
+    if view.dropped:
+        remedy = "; its operator lets devices in: ternbus helper admit" if NOT_ADMITTED in view.dropped else ""
+        text = f"the newest private updates were dropped: {view.dropped}{remedy}"
+        found.append(Finding(level=Level.DEGRADED, kind="dropped", text=text))
     return found
 
 

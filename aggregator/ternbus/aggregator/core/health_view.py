@@ -59,6 +59,7 @@ class View:
     buffer: int = 0
     buffer_devices: int = 0
     min_devices: int = 1
+    min_key: str = "merge.min_devices"  # the setting that says so
     max_wait_s: float = 0.0
     disk_free: float = 1.0  # share of the file system
     broker_disk_full: bool = False  # of a broker whose directory is on this machine
@@ -70,4 +71,5 @@ class View:
     candidate: int | None = None  # that is evaluated now
     reports: frozenset[str] = frozenset()  # who has reported on it
     withdrawn: int = 0  # candidates in a row, up to the newest version
-    waits_for_helpers: Mapping[str, str] = field(default_factory=dict)  # of private sums: helper -> what for
+    waits_for_helpers: Mapping[str, str] = field(default_factory=dict)  # of private sums: helper -> why, in words
+    dropped: str = ""  # why the newest private updates that waited are in no version; empty: they are in one

@@ -7,8 +7,8 @@ OTHER: Final = "other"  # for whatever is in none of these, as of a ledger that 
 # Of `health.Finding.kind`.
 FINDINGS: Final = (
     "all-stale", "broker-disk", "broker-refuses", "broker-silent", "canary-silent", "certificate", "cloned",
-    "disconnected", "disk", "diverging", "evaluator", "failing", "held", "helpers", "hung", "newer-version", "nobody",
-    "not-running", "offline", "refused", "silent", "stale", "stalled", "withdrawn",
+    "disconnected", "disk", "diverging", "dropped", "evaluator", "failing", "held", "helpers", "hung", "newer-version",
+    "nobody", "not-running", "offline", "refused", "silent", "stale", "stalled", "withdrawn",
 )  # fmt: skip
 
 # Publications of the aggregator that the broker lost, refused or took too slowly.

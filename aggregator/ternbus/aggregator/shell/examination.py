@@ -64,7 +64,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         intervals_s=tuple(later - earlier for earlier, later in pairwise(moments)),
         buffer=found["buffer"],
         buffer_devices=buffer_devices,
-        min_devices=1 if settings.private is not None else settings.min_devices,
+        **_private(found, settings),
         max_wait_s=settings.merge.max_wait_s,
         disk_free=found["disk"]["free"],
         broker_disk_full=_is_full(broker_folder(directory, settings)),
@@ -72,7 +72,6 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         devices=tuple(_device(name, row) for name, row in found["devices"].items() if row["key_state"] == ACTIVE),
         evaluated={name: row["evaluated"] for name, row in found["devices"].items() if row["evaluated"] is not None},
         claim=None if claim is None else (claim["device"], claim["version"]),
-        waits_for_helpers=_helpers(found),
         **canary_of(found, settings),
     )
     health = examine(view)
@@ -99,12 +98,21 @@ def _device(name: str, row: Mapping[str, Any]) -> DeviceView:
     )
 
 
-def _helpers(found: Mapping[str, Any]) -> dict[str, str]:
-    """The helpers that private sums wait for before any device may send."""
+def _private(found: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Of how many devices a version is; of private sums, for which helpers they wait, and why the newest were lost."""
     private = found.get("private")
-    if private is None or private["terms"] is not None:
-        return {}
-    return {name: row["waits_for"] for name, row in private["helpers"].items() if row["waits_for"]}
+    if private is None:
+        return {"min_devices": settings.min_devices}
+    waits = {name: row["waits_for"] for name, row in private["helpers"].items() if row["waits_for"]}
+    if private["terms"] is not None:
+        away = [name for name, row in private["helpers"].items() if row["state"] == "offline"]
+        waits = dict.fromkeys(away, "it is offline; its operator starts it: ternbus helper run")
+    return {
+        "min_devices": private["min"],
+        "min_key": "private.min",
+        "waits_for_helpers": waits,
+        "dropped": private["refused"] or "",
+    }
 
 
 def canary_of(found: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _waiting(health: Health) -> list[str]:
         return []
     held = f"{counted(health.buffer, 'update')} here"
     if not health.waits_for:
-        whom = "nobody" if health.online else "a device to come online"
+        whom = "no device" if health.online else "a device to come online"
         return [f"waits for: {whom} ({held})"]
     names = of_devices(health.waits_for)
     if (more := health.waits_for_count - len(health.waits_for)) > 0:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.core.sets import REVOKED
+from ternbus.aggregator.core.sets import HELPER_LOST, REFUSED, REVOKED
 from ternbus.aggregator.store import checksums
 from ternbus.aggregator.store.schema import DROPPED
 from ternbus.aggregator.sums.decode import RANGE
@@ -32,6 +32,7 @@ ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not 
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
 DAMAGED: Final = "damaged"
+AT_HELPERS: Final = {REFUSED, HELPER_LOST, RANGE, "bad-words", "bad-length"}  # why: somebody should look
 
 
 def accepted(db: sqlite3.Connection, number: int, private: PrivateUpdate) -> None:
@@ -169,7 +170,8 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
 
     ``groups`` are those in no set by base, ``sets`` those in flight with the helpers that have not answered for them as
     ``waits_for``, ``dropped`` how many there were by reason. ``spoiled`` counts by device the sums out of range that it
-    was part of: whoever is in all of them sends what it must not, or a helper does.
+    was part of: whoever is in all of them sends what it must not, or a helper does. ``refused`` is why the newest
+    updates that no longer wait are in no version, if a helper refused their set or it came to no sum; else None.
     """
     found = db.execute("SELECT value FROM facts WHERE name = ?", (ASKS,)).fetchone()
     unanswered = {} if found is None else json.loads(found[0])
@@ -200,4 +202,14 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
         ],
         "dropped": dict(dropped),
         "spoiled": dict(spoiled.fetchall()),
+        "refused": _refused(db),
     }
+
+
+def _refused(db: sqlite3.Connection) -> str | None:
+    row = db.execute(
+        "SELECT coalesce(p.why, '') FROM updates u LEFT JOIN private_updates p ON p.update_id = u.id"
+        " WHERE u.merged IS NOT NULL ORDER BY u.id DESC LIMIT 1"
+    ).fetchone()
+    why = "" if row is None else str(row[0])
+    return why if why.partition(":")[0] in AT_HELPERS else None

@@ -9,6 +9,7 @@ import typer
 
 from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.files import replacing
+from ternbus.broker.sums.terms import OWN
 from ternbus.broker.text_table import text_table
 from ternbus.helper.core.opening_log import Opening, checked
 from ternbus.helper.core.records import PREPARED
@@ -83,6 +84,9 @@ def _waits_for(home: HelperDirectory, settings: Settings, found: Summary) -> str
         return "the aggregator, which is not online"
     if not found.state.enrolled:
         return "the aggregator to enroll this helper"
+    if settings.roster == OWN and found.devices < settings.min and not prepared:
+        few = f"a sum has {settings.min} devices or more, and the roster {found.devices}"
+        return f"you: run `ternbus helper admit {home.quoted} NAME KEY` for each device, since {few}"
     return f"the aggregator to open or abandon {prepared} prepared sets" if prepared else None
 
 
