@@ -102,12 +102,25 @@ def test_it_ends_when_all_devices_have_answered(make: Make) -> None:
     request = ask(bench)
     send(bench, one, request.id, content())
     assert statistics_rows.read(bench.ledger.db).is_open
-    assert membership.trainers(bench.ledger.db) == 2  # whom the command says that it asked
+    assert membership.trainers(bench.ledger.db) == ["one", "two"]  # whom the command says that it asked
     send(bench, two, request.id, Measured(refusal="its owner says no"))
     state = statistics_rows.read(bench.ledger.db)
     assert (state.is_open, state.outcomes) == (False, {"one": "answered", "two": "refused: its owner says no"})
     assert send(bench, three, request.id, content()) == "revoked"
     assert send(bench, one, request.id, content()) == "accepted"  # the receipt again, also after the end
+
+
+def test_who_has_not_answered_is_named_when_the_request_has_ended(make: Make) -> None:
+    bench = make()
+    one = bench.join("one")
+    bench.join("two")
+    request = ask(bench)
+    assert send(bench, one, request.id, content()) == "accepted"
+    assert "no answer" not in "\n".join(lines(result(bench.directory)))  # it may yet come
+    bench.tick(120.0)
+    found = result(bench.directory)
+    assert (found["open"], found["unanswered"]) == (False, ["two"])
+    assert "no answer: two: is offline, or its owner joined it without --statistics" in lines(found)
 
 
 def test_a_restart_goes_on_and_a_new_request_replaces_the_old(make: Make) -> None:
@@ -131,8 +144,8 @@ def test_a_restart_goes_on_and_a_new_request_replaces_the_old(make: Make) -> Non
     bench.tick(61.0)
     assert not statistics_rows.read(bench.ledger.db).is_open
     assert lines(result(bench.directory))[1:] == [
+        "no answer: one, two: each is offline, or its owner joined it without --statistics",
         "fewer than 2 devices have answered, so nothing is shown",
-        "only a device that runs, and whose owner allowed it, answers: `ternbus edge join … --statistics`",
     ]
 
 
@@ -239,6 +252,11 @@ def test_the_command_says_what_is_wrong(make: Make) -> None:
     assert "no aggregator runs" in told()
     assert "give bounds to all" in told("--feature", "a=0:1", "--feature", "b")
     assert "are no bounds" in told("--bounds", "0-1")
+    assert "LOW must be below HIGH" in told("--bounds", "1:0")
+    assert told("--kind", "rows") == "--kind is 'rows': give one of moments, histogram, labels"
+    assert "add --bounds LOW:HIGH" in told("--kind", "histogram")
+    missing = runner.invoke(app, ["statistics", str(bench.directory / "none")])
+    assert "holds no aggregator" in str(missing.exception)
     ask(bench)
     ended = runner.invoke(app, ["statistics", str(bench.directory), "--last", "--json"])
     assert json.loads(ended.stdout)["shown"] is False

@@ -78,6 +78,7 @@ def test_devices_answer_once_on_both_brokers_also_when_one_is_killed(engine: Eng
         asking = stack.enter_context(started(tmp_path, *ask))
         assert running["one"].wait(WITHIN_S) == -signal.SIGKILL
         stack.enter_context(started(tmp_path, "edge", "run", "one"))
+        said(asking, "asked 2 devices")
         assert asking.stdout is not None
         found = json.loads(asking.stdout.read())  # it ends when both have answered
         assert json.loads(run(tmp_path, "aggregator", "statistics", "home", "--last", "--json")) == found

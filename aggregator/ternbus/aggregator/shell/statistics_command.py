@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from ternbus.aggregator.core.findings import of_devices
 from ternbus.aggregator.core.statistics import ANSWERED, INVALID, REFUSED
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import AsJson, Dir
@@ -23,7 +24,7 @@ BINS: Final = 32
 POLL_S: Final = 0.1
 GRACE_S: Final = 5.0  # for the process to end a request when its time has come
 WAIT_S: Final = 60.0
-ALLOWED_BY: Final = "`ternbus edge join … --statistics`"
+UNANSWERED: Final = "is offline, or its owner joined it without --statistics"
 SHOWN: Final = ("0.05", "0.5", "0.95")  # quantiles, in the table for people
 
 Kinds = Annotated[
@@ -70,9 +71,14 @@ def statistics(
     Example: ternbus aggregator statistics agg --kind moments --kind histogram --bounds 0:1
     """
     if not last:
-        chosen = tuple(kinds or (MOMENTS, LABELS))
+        administration.load_settings(directory)  # or there is no aggregator
+        chosen, limits = _chosen(kinds or (MOMENTS, LABELS)), _bounded(features or (), bounds)
+        if HISTOGRAM in chosen and not limits["low"]:
+            raise ConfigError(
+                "--kind histogram needs bounds: add --bounds LOW:HIGH, or to each --feature NAME=LOW:HIGH"
+            )
         asked = {
-            **_bounded(features or (), bounds),
+            **limits,
             "kinds": chosen,
             "bins": bins if HISTOGRAM in chosen else 0,
             "labels": labels or (),
@@ -88,6 +94,13 @@ def statistics(
         _wait(directory, wait)
     found = result(directory)
     typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+def _chosen(kinds: Sequence[str]) -> tuple[str, ...]:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"--kind is {kind!r}: give one of {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(kinds))
 
 
 def _bounded(features: Sequence[str], bounds: str) -> dict[str, Any]:
@@ -110,12 +123,14 @@ def _pair(text: str, what: str) -> tuple[float, float]:
         low, high = map(float, text.split(":"))
     except ValueError:
         raise ConfigError(f"{what}: {text!r} are no bounds: write LOW:HIGH, for example 0:1") from None
+    if not low < high:
+        raise ConfigError(f"{what}: {text!r} are no bounds: LOW must be below HIGH")
     return low, high
 
 
 def _tell(directory: Path, wait_s: float) -> None:
     with reading(directory) as ledger:
-        count = membership.trainers(ledger.db)
+        count = len(membership.trainers(ledger.db))
     asked = f"{count} device{'' if count == 1 else 's'}"
     typer.echo(f"ternbus: asked {asked}; waiting up to {wait_s:g} s for answers (--wait)", err=True)
 
@@ -140,7 +155,7 @@ def result(directory: Path) -> dict[str, Any]:
     """What the last request came to; ConfigError where there was none."""
     least = max(MIN_DEVICES, administration.load_settings(directory).min_devices)
     with reading(directory) as ledger:
-        state = statistics_rows.read(ledger.db)
+        state, devices = statistics_rows.read(ledger.db), membership.trainers(ledger.db)
     if state.pooled is None:
         raise ConfigError(f"nobody was asked for statistics in {directory}: leave out --last")
     outcomes = state.outcomes
@@ -150,6 +165,7 @@ def result(directory: Path) -> dict[str, Any]:
         "answered": [name for name, outcome in outcomes.items() if outcome == ANSWERED],
         "refused": _why(outcomes, REFUSED),
         "invalid": _why(outcomes, INVALID),
+        "unanswered": [name for name in devices if name not in outcomes],
     }
 
 
@@ -162,11 +178,13 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     told = [f"{found['devices']} devices answered" + (", and some may yet" if found["open"] else "")]
     for what in ("refused", "invalid"):
         told += [f"{what}: {name}: {why}" for name, why in found[what].items()]
+    if found["unanswered"] and not found["open"]:
+        each = "each " if len(found["unanswered"]) > 1 else ""
+        told.append(f"no answer: {of_devices(found['unanswered'])}: {each}{UNANSWERED}")
     if not found["shown"] and found["open"]:
         return [*told, "nothing is shown before the request has ended"]
     if not found["shown"]:
-        few = f"fewer than {found['min_devices']} devices have answered, so nothing is shown"
-        return [*told, few, f"only a device that runs, and whose owner allowed it, answers: {ALLOWED_BY}"]
+        return [*told, f"fewer than {found['min_devices']} devices have answered, so nothing is shown"]
     if found["samples"] is not None:
         told.append(f"{found['samples']} samples")
     if found["dp"] != "none":

@@ -46,11 +46,10 @@ def revoke(db: sqlite3.Connection, record: records.DeviceRevoked, now: float) ->
         drop(db, "device = :device AND merged IS NULL", {"device": device})
 
 
-def trainers(db: sqlite3.Connection) -> int:
-    """How many devices train by an active key."""
-    return int(
-        db.execute("SELECT count(*) FROM devices WHERE state = 'active' AND role != ?", (EVALUATOR,)).fetchone()[0]
-    )
+def trainers(db: sqlite3.Connection) -> list[str]:
+    """The devices that train by an active key."""
+    rows = db.execute("SELECT name FROM devices WHERE state = 'active' AND role != ? ORDER BY name", (EVALUATOR,))
+    return [name for (name,) in rows]
 
 
 def revocations(db: sqlite3.Connection) -> list[Revocation]:
