@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from cryptography import x509
 
+from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.shell import administration as aggregators
 from ternbus.aggregator.shell import transport
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.files import read_password
+from ternbus.broker.files import read_password, write_secret
 from ternbus.broker.link.link import Link, Tls
-from ternbus.broker.link.tls import ServerTls
+from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, ServerTls
 from ternbus.broker.protocol.identity import Identity, is_device
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import auth_callout, callout_tokens, certificates, mosquitto
@@ -233,6 +234,29 @@ def test_a_key_is_written_as_nats_writes_it() -> None:
         content = base64.b32decode(text)
         assert (text[0], len(text), content[1:33]) == (letter, 56, identity.public)
         assert binascii.crc_hqx(content[:-2], 0) == int.from_bytes(content[-2:], "little")
+
+
+def test_an_aggregator_takes_no_certificate_of_somebody_else(bus: BrokerDirectory, tmp_path: Path) -> None:
+    """With a device's it would connect under that device's name, and both would take turns."""
+    settings = configuration.Settings(federation="lab", broker="mqtts://127.0.0.1:8883")
+    for name, federation in (("aggregator-lab", "lab"), ("pi-1", "lab"), ("aggregator-other", "other")):
+        issued = bus.issue(name, federation)
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, pem in ((CA, issued.authority), (CERTIFICATE, issued.certificate), (TLS_KEY, issued.key)):
+            write_secret(folder / file, pem.encode())
+    transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "aggregator-lab"), tmp_path)
+    assert certificates.read((tmp_path / CERTIFICATE).read_text(), "it").name == "aggregator-lab"
+    for name, whose in (
+        ("pi-1", "pi-1 in federation lab"),
+        ("aggregator-other", "aggregator-other in federation other"),
+    ):
+        with pytest.raises(ConfigError, match=f"has the certificate of {whose}, not that of aggregator-lab in lab"):
+            transport.equip(tmp_path, settings, transport.in_folder(tmp_path / name), tmp_path)
+    write_secret(
+        tmp_path / "pi-1" / CA, Authority.create("Another").pair.certificate.encode()
+    )  # which names as it likes
+    transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "pi-1"), tmp_path)
 
 
 def test_a_helper_is_certified_under_a_name_that_is_nobody_else_s(bus: BrokerDirectory) -> None:

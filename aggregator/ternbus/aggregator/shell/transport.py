@@ -27,6 +27,7 @@ class Credentials:
     ca: str | None = None
     certificate: str | None = None
     key: str | None = field(default=None, repr=False)
+    folder: Path | None = None  # that they are from
 
 
 def client_name(federation: str) -> str:
@@ -35,16 +36,21 @@ def client_name(federation: str) -> str:
 
 def equip(directory: Path, settings: Settings, given: Credentials | None, home: Path) -> None:
     """Write the aggregator's credentials into its directory: those given, or issued by its broker's authority."""
-    credentials = given or _issued(settings, client_name(settings.federation), home)
-    for name, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
+    name = client_name(settings.federation)
+    if given is not None:
+        _check_owner(given, name, settings.federation)
+    credentials = given or _issued(settings, name, home)
+    for file, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
         if pem is not None:
-            write_secret(directory / name, pem.encode())
+            write_secret(directory / file, pem.encode())
 
 
 def for_device(directory: Path, settings: Settings, device: str, certificates: Path | None) -> Credentials:
     """A device's credentials; without an authority and a folder only the broker's CA, if there is one."""
     if certificates is not None:
-        return in_folder(certificates / device)
+        found = in_folder(certificates / device)
+        _check_owner(found, device, settings.federation)
+        return found
     if settings.transport.authority:
         return _issued(settings, device, directory)
     if (directory / CERTIFICATE).exists():
@@ -98,7 +104,7 @@ def in_folder(folder: Path) -> Credentials:
         ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
     if ca is None and certificate is None:
         raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
-    return Credentials(ca=ca, certificate=certificate, key=key)
+    return Credentials(ca=ca, certificate=certificate, key=key, folder=folder)
 
 
 def _issued(settings: Settings, name: str, home: Path) -> Credentials:
@@ -106,6 +112,23 @@ def _issued(settings: Settings, name: str, home: Path) -> Credentials:
         issued = _authority(settings, home).issue(name, settings.federation)
         return Credentials(ca=issued.authority, certificate=issued.certificate, key=issued.key)
     return Credentials()
+
+
+def _check_owner(given: Credentials, name: str, federation: str) -> None:
+    """ConfigError for a certificate of somebody else; what another authority than ours writes into one is not known."""
+    if given.ca is None or given.certificate is None:
+        return
+    try:
+        from ternbus.broker.server import certificates  # noqa: PLC0415 - a library that only few need
+    except ConfigError:  # it is not installed: nothing can be said
+        return
+    found = certificates.read(given.certificate, f"{given.folder}/{CERTIFICATE}")
+    is_ours = certificates.read(given.ca, f"{given.folder}/{CA}").name.startswith(f"{certificates.AUTHORITY} ")
+    if is_ours and (found.name, found.federation) != (name, federation):
+        raise ConfigError(
+            f"{given.folder} has the certificate of {found.name} in federation {found.federation}, not that of {name} "
+            f"in {federation}: name its folder, or have `ternbus broker certificate` make one"
+        )
 
 
 def _text(path: Path) -> str:

@@ -22,6 +22,7 @@ try:
 except ImportError as error:  # an extra: devices do not need it
     raise ConfigError("certificates need the package cryptography; run: pip install 'ternbus[tls]'") from error
 
+AUTHORITY: Final = "Ternbus broker"  # how the name of an authority of `ternbus broker init` begins
 EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 AUTHORITY_DAYS: Final = 20 * 365
 CLIENT_DAYS: Final = 10 * 365  # long, because renewal means a visit to the device; revocation does not depend on it

@@ -23,7 +23,7 @@ from ternbus.broker.protocol.identity import (
     reader_user,
 )
 from ternbus.broker.server import certificates, mosquitto
-from ternbus.broker.server.certificates import Authority, Named, Pair
+from ternbus.broker.server.certificates import AUTHORITY, Authority, Named, Pair
 from ternbus.broker.server.running import ACCESS, HOME, Engine, Secured, is_home, reserve
 
 FOLDER: Final = "tls"
@@ -100,7 +100,7 @@ class BrokerDirectory:
             raise ConfigError(f"{folder} already contains a broker; choose another directory")
         listen = listen or _listen_for(names)
         settings = Settings(names=tuple(names), listen=listen, port=port or reserve(listen, 0), engine=engine)
-        authority = Authority.create(f"Ternbus broker {settings.names[0]}"[:64])
+        authority = Authority.create(f"{AUTHORITY} {settings.names[0]}"[:64])
         home = cls(folder)
         try:
             (folder / FOLDER / ISSUED).mkdir(parents=True, mode=0o700)
