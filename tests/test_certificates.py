@@ -5,6 +5,7 @@ import binascii
 import datetime as dt
 import ssl
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,15 +248,17 @@ def test_an_aggregator_takes_no_certificate_of_somebody_else(bus: BrokerDirector
             write_secret(folder / file, pem.encode())
     transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "aggregator-lab"), tmp_path)
     assert certificates.read((tmp_path / CERTIFICATE).read_text(), "it").name == "aggregator-lab"
+    plain = replace(settings, broker="mqtt://127.0.0.1:1883")
+    with pytest.raises(ConfigError, match="a URL without TLS"):  # at once, not at each start
+        transport.equip(tmp_path, plain, transport.in_folder(tmp_path / "aggregator-lab"), tmp_path)
     for name, whose in (
         ("pi-1", "pi-1 in federation lab"),
         ("aggregator-other", "aggregator-other in federation other"),
     ):
         with pytest.raises(ConfigError, match=f"has the certificate of {whose}, not that of aggregator-lab in lab"):
             transport.equip(tmp_path, settings, transport.in_folder(tmp_path / name), tmp_path)
-    write_secret(
-        tmp_path / "pi-1" / CA, Authority.create("Another").pair.certificate.encode()
-    )  # which names as it likes
+    another = Authority.create("Another")  # which names clients as it likes
+    write_secret(tmp_path / "pi-1" / CA, another.pair.certificate.encode())
     transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "pi-1"), tmp_path)
 
 

@@ -206,8 +206,9 @@ def _versions(view: View) -> list[Finding]:
     age_s = view.now - view.made_at
     if view.buffer and view.buffer_devices < view.min_devices and age_s > view.max_wait_s:
         text = (
-            f"{counted(view.buffer, 'update')} of {counted(view.buffer_devices, 'device')} wait: a version has updates "
-            f"of {view.min_devices} devices or more ({view.min_key})"
+            f"{counted(view.buffer, 'update')} of {counted(view.buffer_devices, 'device')} "
+            f"wait{'s' if view.buffer == 1 else ''}: "
+            f"a version has updates of {view.min_devices} devices or more ({view.min_key})"
         )
         found.append(Finding(level=Level.DEGRADED, kind="held", text=text))
     often_s = usual(view.intervals_s)

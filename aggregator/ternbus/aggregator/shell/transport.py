@@ -11,6 +11,7 @@ from ternbus.broker.files import expanded, read_password, read_secret, storing, 
 from ternbus.broker.link.link import Link, LinkEvent
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.protocol import topics
+from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.identity import AGGREGATOR
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def equip(directory: Path, settings: Settings, given: Credentials | None, home: 
     """Write the aggregator's credentials into its directory: those given, or issued by its broker's authority."""
     name = client_name(settings.federation)
     if given is not None:
+        if not Endpoint.parse(settings.broker).tls:
+            raise ConfigError(f"certificates given for {settings.broker}, a URL without TLS: use mqtts://")
         _check_owner(given, name, settings.federation)
     credentials = given or _issued(settings, name, home)
     for file, pem in ((CA, credentials.ca), (CERTIFICATE, credentials.certificate), (TLS_KEY, credentials.key)):
