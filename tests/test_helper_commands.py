@@ -91,8 +91,10 @@ def test_init_makes_a_key_a_card_and_says_what_comes_next(helper: Any, tmp_path:
 def test_an_invitation_is_taken_at_once_or_later(helper: Any, tmp_path: Path) -> None:
     file = invitation(tmp_path)
     init(helper, tmp_path / "later")
-    assert helper("init", tmp_path / "later", "--invitation", file).code == 0
-    assert helper("init", tmp_path / "once", "--invitation", file, "--min", 2).code == 0
+    taken = helper("init", tmp_path / "later", "--invitation", file)
+    assert (taken.code, taken.err) == (0, "")
+    made = helper("init", tmp_path / "once", "--invitation", file, "--min", 2)
+    assert (made.code, "once held no helper: the one made now has a new key" in made.err) == (0, True)
     for name in ("later", "once"):
         settings = HelperDirectory(tmp_path / name).settings()
         assert (settings.helper, settings.code, settings.aggregator_key) == ("h-1", "c", SERVER.public.hex())

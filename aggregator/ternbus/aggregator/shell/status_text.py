@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ternbus.aggregator.core import disk_guard
+from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.core.registry import EVALUATOR
 from ternbus.aggregator.shell import search_text
 from ternbus.aggregator.shell.health_text import moment
@@ -73,7 +74,8 @@ def _on_their_way(found: Mapping[str, Any]) -> list[str]:
     """Private updates that no version contains: who waits for whom."""
     lines = ["the federation closes when the helpers have answered"] if found["closing"] else []
     lines += [
-        f"{each['updates']} updates on version {each['base']} wait: a sum has {found['min']} devices or more"
+        f"{counted(each['updates'], 'update')} on version {each['base']} wait{'s' if each['updates'] == 1 else ''}: "
+        f"a sum has {found['min']} devices or more"
         for each in found["groups"]
     ]
     for each in found["sets"]:

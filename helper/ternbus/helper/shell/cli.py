@@ -94,6 +94,11 @@ def init(
         _invite(home, asked, given)
     else:
         _make(home, asked, given)
+        if asked is not None:
+            text = (
+                "held no helper: the one made now has a new key, and the aggregator refuses it unless private.helpers"
+            )
+            typer.echo(f"ternbus: {home.folder} {text} of aggregator.toml names that key", err=True)
     _say_what_is_next(home)
 
 
