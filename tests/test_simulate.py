@@ -69,6 +69,12 @@ def report(simulation: Simulation) -> dict[str, Any]:
     return found
 
 
+def test_a_run_that_ends_before_statuses_are_kept_counts_each_device_s_updates() -> None:
+    quick = replace(SMALL, speeds=Speeds(sigma=0.8, median_s=0.01), end=End(versions=3))
+    found = report(simulated(quick))
+    assert sum(device["updates"] for device in found["devices"].values()) == found["updates"] == 6
+
+
 def check_invariants(simulation: Simulation) -> None:
     """Nothing is merged twice, nothing accepted is lost, the bound holds, and every device has bits of some version."""
     ledger = memory(simulation)

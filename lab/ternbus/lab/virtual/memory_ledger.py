@@ -184,10 +184,11 @@ class MemoryLedger:
             spent[row.device] = row.epsilon
             bases[row.device] = max(row.base, bases.get(row.device, -1))
         newest = len(self._versions) - 1
+        known = {**dict.fromkeys(accepted), **self._statuses}  # statuses are kept now and then: an update may be first
         return {
             name: {
-                "state": status.state,
-                "failing": status.failing or None,
+                "state": None if status is None else status.state,
+                "failing": None if status is None else status.failing or None,
                 "base": bases.get(name),
                 "staleness": newest - bases[name] if name in bases else None,
                 "updates": accepted[name],
@@ -196,7 +197,7 @@ class MemoryLedger:
                 "local": self._measurements.devices.device(name, self._measurements.better),
                 "classes": dict(self._classes.get(name, {})) or None,
             }
-            for name, status in self._statuses.items()
+            for name, status in known.items()
         }
 
     def _version(self, number: int) -> dict[str, Any]:
