@@ -118,6 +118,27 @@ def test_a_script_s_own_functions_are_written_and_the_command_accepts_the_file(t
     assert "ready" in ran.stdout
 
 
+@pytest.mark.slow
+def test_arguments_and_variables_are_not_taken_for_the_notebook_s_names(tmp_path: Path) -> None:
+    (tmp_path / "notebook.py").write_text(
+        "import numpy as np\n"
+        "from torch import nn\n"
+        "from ternbus.lab import Federation\n"
+        "X, y = np.random.default_rng(0).normal(size=(40, 3)).astype('f4'), np.arange(40) % 2\n"
+        "net, HIDDEN = nn.Linear(3, 2), 4\n"
+        "def model(units=HIDDEN):\n"
+        "    net = nn.Sequential(nn.Linear(3, units), nn.Linear(units, 2))\n"
+        "    return net\n"
+        "right = {'right': lambda X, y: (X.argmax(1) == y).float().mean()}\n"
+        "fed = Federation(model, clients={'a': (X, y), 'b': (X, y)}, test=(X, y), metrics=right)\n"
+        "fed.to_task('shadowed_task.py')\n"
+    )
+    subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, check=True, timeout=120)
+    text = (tmp_path / "shadowed_task.py").read_text()
+    assert "HIDDEN = 4" in text
+    assert len(list(loaded(tmp_path / "shadowed_task.py").initial(0))) == 4
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
     net, path = linear(), tmp_path / "my_task.py"
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
@@ -136,8 +157,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     assert not path.exists()
     with pytest.raises(ConfigError, match=r"my-task.py is no name of a module"):
         federation().to_task(tmp_path / "my-task.py")
+    with pytest.raises(ConfigError, match=r"cannot write .*my_task.py: there is no folder .*nowhere; make it"):
+        federation().to_task(tmp_path / "nowhere" / "my_task.py")
     path.write_text("mine = 1\n")
     with pytest.raises(ConfigError, match="is a file of yours"):
         federation().to_task(path)
+    with pytest.raises(ConfigError, match=r"cannot write .*my_task.py"):
+        federation().to_task(tmp_path / "other_task.py", data=path)
     assert federation(clients=both).to_task(tmp_path / "tensors_task.py").exists()  # its tensors are known
     assert importlib.util.find_spec("my_task") is None

@@ -3,6 +3,7 @@
 import ast
 import builtins
 import inspect
+import symtable
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
@@ -48,23 +49,23 @@ class Source:
                 text = textwrap.dedent(inspect.getsource(function))
             except (OSError, TypeError) as error:
                 raise ConfigError(f"to_task: {name} has no source that Python knows: define it in a file") from error
-            self._needs(ast.parse(text), _names_of(function), name)
+            self._needs(text, _names_of(function), name)
             self.definitions[name] = text.rstrip()
         return name
 
     def _lambda(self, function: types.FunctionType, name: str) -> str:
         if self._keep(name, function):
             node, text = _lambda_of(function, name)
-            self._needs(node, _names_of(function), name)
+            self._needs(ast.unparse(node), _names_of(function), name)
             body = ast.get_source_segment(text, node.body) or ast.unparse(node.body)
             if "\n" in body:
                 body = f"({body})"
             self.definitions[name] = f"def {name}({ast.unparse(node.args)}):\n    return {body}"
         return name
 
-    def _needs(self, tree: ast.AST, known: Mapping[str, Any], by: str) -> None:
+    def _needs(self, text: str, known: Mapping[str, Any], by: str) -> None:
         """Take in what the code reads beside its own names."""
-        for name in _read_names(tree):
+        for name in _read_names(symtable.symtable(text, "<source>", "exec")):
             if name in known and name not in self._objects:
                 self._value(name, known[name], by)
 
@@ -116,10 +117,15 @@ def _names_of(function: Any) -> dict[str, Any]:
     return {**function.__globals__, **closure}
 
 
-def _read_names(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and not hasattr(builtins, node.id):
-            yield node.id
+def _read_names(scope: symtable.SymbolTable) -> Iterator[str]:
+    """What is read of the names outside: no arguments and variables of the code's own, whatever is outside with it."""
+    outermost = scope.get_type() == "module"
+    for symbol in scope.get_symbols():
+        outside = not symbol.is_assigned() if outermost else symbol.is_global()
+        if symbol.is_referenced() and outside and not hasattr(builtins, symbol.get_name()):
+            yield symbol.get_name()
+    for inner in scope.get_children():
+        yield from _read_names(inner)
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.files import write_text
+from ternbus.broker.files import fault, write_text
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.torch.batches import is_pair
 from ternbus.edge.torch.samples import TensorSamples
@@ -48,8 +48,8 @@ WRITTEN: Final = ("loss", "default_plan")
 def write(fed: "Federation", path: Path, data: Path | None) -> Path:
     """Write the task, and with `data` the arrays of each device as `data`/NAME/train.npz and test.npz.
 
-    Raises `ConfigError` for what has no source, for a file that this function has not written, and for data that are no
-    pair of arrays.
+    Raises `ConfigError` for what has no source, for a file that this function has not written or cannot write, and for
+    data that are no pair of arrays; `StorageError` for a disk that is full.
     """
     task = fed.task
     if not isinstance(task, ArrayTask):
@@ -59,10 +59,14 @@ def write(fed: "Federation", path: Path, data: Path | None) -> Path:
     if path.exists() and not path.read_text(encoding="utf-8").startswith(TITLE):
         raise ConfigError(f"to_task: {path} is a file of yours: choose another name, or remove it")
     pairs = {split: _pair(samples) for split, samples in (("train", task.train_samples), ("test", task.test_samples))}
-    write_text(path, text_of(fed, task, path.stem))
-    if data is not None:
-        for number, name in enumerate(fed.devices):
-            _save(fed, number, data / name, pairs["test"])
+    text = text_of(fed, task, path.stem)
+    try:
+        write_text(path, text)
+        if data is not None:
+            for number, name in enumerate(fed.devices):
+                _save(fed, number, data / name, pairs["test"])
+    except OSError as error:
+        raise fault(error, Path(error.filename or path), "to_task: cannot write ") from error
     return path
 
 
