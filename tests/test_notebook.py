@@ -172,6 +172,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"clients": None, "data": TEST, "partition": 3}, r"partition is 3: write iid\(20\)"),
     ({"clients": None, "data": TEST, "partition": natural()}, "these data have no owners"),
     ({"task": "digits", "clients": None, "test": None, "loss": None}, "no argument 'model': the task has it"),
+    ({"client": CLIENTS}, "no argument 'client' .do you mean clients"),
     ({"model": nn.Linear(10, 1)}, "model is a Linear: give a function that makes one"),
 ]
 
@@ -205,6 +206,13 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"jobs": 0}, "jobs is 0"),
     ({"jobs": "ray://127.0.0.1:1", "vectorise": 2}, "a Ray cluster trains each device by itself"),
     ({"device": "tpu"}, "device is 'tpu'"),
+    ({"versions": 1.5}, "versions is 1.5, but must be a whole number"),
+    ({"seed": "0"}, "seed is '0', but must be a whole number"),
+    ({"plan": [("learning_rate", 0.1)]}, "plan is .*, but must be a dict"),
+    ({"local": {"hold_out": 0.2}}, r"local has .*: give Local\(…\) of ternbus.lab"),
+    ({"hostile": "sign-flip"}, r"hostile has 'sign-flip': give Hostile\(…\)"),
+    ({"private": True}, r"private has True: give Private\(…\)"),
+    ({"callbacks": abs}, "callbacks is .*: give a list"),
 ]
 
 
@@ -217,11 +225,33 @@ def test_a_run_that_cannot_be_is_refused_in_words(arguments: dict[str, Any], mes
 def test_search_refuses_what_is_no_space() -> None:
     fed = federation()
     with pytest.raises(ConfigError, match="a list of values for each name"):
-        sweep(fed, {"plan.learning_rate": 0.1})  # type: ignore[dict-item]  # the mistake
+        sweep(fed, {"plan.learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"write \(low, high\)"):
         tune(fed, {"plan.learning_rate": (1, 0)})
+    with pytest.raises(ConfigError, match='the low end of a range with "log" must be above 0'):
+        tune(fed, {"plan.learning_rate": (0, 1, "log")})
+    with pytest.raises(ConfigError, match="trials is 0, but must be"):
+        tune(fed, {"plan.learning_rate": (0.1, 1.0)}, trials=0)
+    with pytest.raises(ConfigError, match="needs a range for each name"):
+        tune(fed, {})
     with pytest.raises(ConfigError, match=r"the evaluation has no metric 'maee' \(do you mean mae\?\)"):
         tune(fed, {"plan.learning_rate": (0.1, 1.0)}, metric="maee")
+
+
+def test_numbers_of_numpy_are_numbers_wherever_one_chooses_them() -> None:
+    fed = federation(plan={"learning_rate": np.float32(0.5)})
+    chosen = {"plan": {"local_epochs": np.int64(2)}, "merge": {"buffer_size": np.int64(2)}, "callbacks": []}
+    run = fed.simulate(versions=np.int64(1), seed=np.int64(3), **chosen)  # type: ignore[arg-type]
+    assert run.version == 1
+    assert run.report["scenario"]["plan"] == {"local_epochs": 2}
+    table = sweep(fed, {"plan.learning_rate": np.logspace(-2, -1, 2)}, versions=1).table
+    assert [*table["plan.learning_rate"]] == [0.01, 0.1]
+
+
+def test_a_regression_of_whole_numbers_has_its_metrics() -> None:
+    inputs, targets = TEST
+    found = federation(test=(inputs, targets.round().astype(int))).initial_evaluation()
+    assert set(found.values) == {"mae", "r2", "loss"}
 
 
 def test_a_name_with_a_dot_goes_where_it_belongs() -> None:

@@ -27,10 +27,10 @@ PUBLIC = {
         to_vector topics vector_digest vector_of verify whole
     """,
     "ternbus.lab": """
-        Availability Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation Hostile Job
-        Lines Local MLflow Narrow PartitionTable Parts Progress Run Scenario Simulated Simulation Speeds
-        State Sweep TensorBoard Tuning Update Workers by ca2fl compare dirichlet fadas iid mae natural quantity r2
-        shards sweep tune
+        Availability Baseline BestModel Callback ClientError Comparison EarlyStopping End Fault Federation
+        Hostile Job Lines Local MLflow MetricLimit Narrow PartitionTable Parts Private Progress Run Scenario
+        Simulated Simulation Speeds State Sweep TensorBoard Tuning Update Workers by ca2fl compare dirichlet
+        fadas iid mae natural quantity r2 shards sweep tune
     """,
 }
 # The tasks that ship are public as modules, and so are the digits that ship.

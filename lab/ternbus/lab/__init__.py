@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ternbus.lab.notebook.trackers import MLflow, TensorBoard
     from ternbus.lab.report.progress import Lines
     from ternbus.lab.scenario.availability import Availability
+    from ternbus.lab.scenario.end import MetricLimit
+    from ternbus.lab.scenario.private import Private
     from ternbus.lab.scenario.scenario import End, Fault, Hostile, Local, Narrow, Scenario, Speeds
     from ternbus.lab.scenario.simulated import Simulated
     from ternbus.lab.virtual.simulate import Simulation
@@ -47,6 +49,8 @@ else:
             "ternbus.lab.notebook.trackers": ["MLflow", "TensorBoard"],
             "ternbus.lab.report.progress": ["Lines"],
             "ternbus.lab.scenario.availability": ["Availability"],
+            "ternbus.lab.scenario.end": ["MetricLimit"],
+            "ternbus.lab.scenario.private": ["Private"],
             "ternbus.lab.scenario.scenario": [
                 "End",
                 "Fault",
@@ -78,9 +82,11 @@ __all__ = [
     "Lines",
     "Local",
     "MLflow",
+    "MetricLimit",
     "Narrow",
     "PartitionTable",
     "Parts",
+    "Private",
     "Progress",
     "Run",
     "Scenario",

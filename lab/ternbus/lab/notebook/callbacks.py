@@ -131,6 +131,8 @@ class BestModel:
 
 def checked(callbacks: Sequence[Any]) -> list[AnyCallback]:
     """The callbacks. Raises `ConfigError` for what is none."""
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(f"callbacks is {callbacks!r}: give a list, as callbacks=[Progress()]")
     for each in callbacks:
         if isinstance(each, type):
             raise ConfigError(f"callbacks has the class {each.__name__}: make one, as {each.__name__}()")

@@ -25,7 +25,7 @@ from ternbus.lab.notebook.clients import NamedPlace
 from ternbus.lab.notebook.partition import PartitionTable
 from ternbus.lab.notebook.parts import Parts, parts_of
 from ternbus.lab.notebook.run import Run
-from ternbus.lab.notebook.simulated import Choices, scenario_of
+from ternbus.lab.notebook.simulated import Choices, plain, scenario_of
 from ternbus.lab.notebook.statistics import DEFAULT_KINDS, facts_of, request_of, table_of
 from ternbus.lab.notebook.surroundings import Interrupt, untouched
 from ternbus.lab.notebook.watch import Watch
@@ -39,6 +39,7 @@ from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Place, Widths
 from ternbus.lab.virtual.training import Pair as Trainers
 
+OWN_ARGUMENTS: Final = ("clients", "data", "partition", "owners", "test", "task", "plan", "name")
 FORM_ARGUMENTS: Final = ("collate", "workers")
 
 
@@ -86,13 +87,13 @@ class Federation:
                 raise ConfigError(f"a federation of a task has no argument {extra[0]!r}: the task has it")
             self._of_task(task, data, partition)
         else:
-            refuse_unknown(more, array_task.TASK_ARGUMENTS, "Federation() has no argument")
+            refuse_unknown(more, (*OWN_ARGUMENTS, *array_task.TASK_ARGUMENTS), "Federation() has no argument")
             form: dict[str, Any] = {key: more.pop(key) for key in FORM_ARGUMENTS if key in more}
             arrays = self._arrays(clients, data, partition, owners, Testing(test, form))
             self.task: Task = arrays.task(
                 name=name,
                 model=model,
-                default_plan={} if plan is None else plan,
+                default_plan=plain("plan", plan),
                 **form,
                 **{**objectives.arguments_of(loss, metrics), **more},
             )
@@ -295,7 +296,7 @@ class Federation:
             task=placed(self.task, device),
             scenario=replace(self._scenario, seed=seed),
             epochs=epochs,
-            plan=plan or {},
+            plan=plain("plan", plan),
             interrupt=interrupt,
             module=self.module,
         )

@@ -23,7 +23,8 @@ def mae(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def r2(outputs: Tensor, targets: Tensor) -> Tensor:
     """The coefficient of determination: 1 is perfect, 0 no better than the targets' mean."""
-    return 1 - ((outputs - targets) ** 2).sum() / ((targets - targets.mean(0)) ** 2).sum()
+    wanted = targets if targets.is_floating_point() else targets.to(outputs.dtype)  # whole numbers have no mean
+    return 1 - ((outputs - wanted) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum()
 
 
 def accuracy_of_signs(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
+
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import LOWER, direction_of
 from ternbus.lab.notebook.callbacks import State, named
@@ -98,13 +100,14 @@ class Sweep:
         return table
 
 
-def sweep(fed: Federation, space: Mapping[str, Sequence[Any]], *, seeds: int = 1, **arguments: Any) -> Sweep:
+def sweep(fed: Federation, space: Mapping[str, Any], *, seeds: int = 1, **arguments: Any) -> Sweep:
     """Simulate all combinations of the values, each with the seeds 0 to `seeds` - 1.
 
     A name is "plan.K", "merge.K", another setting of aggregator.toml as "optimizer.name", or an argument of `simulate`,
     to which `arguments` go, too. Ctrl-C ends the sweep, and what is finished is returned; `KeyboardInterrupt` if that
     is nothing. Raises `ConfigError` for a name that is none, before anything is simulated a second time.
     """
+    space = {name: values.tolist() if isinstance(values, np.ndarray) else values for name, values in space.items()}
     if not space or not all(isinstance(values, list | tuple) and values for values in space.values()):
         raise ConfigError('sweep() needs a list of values for each name, as {"plan.learning_rate": [0.01, 0.1]}')
     if type(seeds) is not int or seeds < 1:
@@ -180,8 +183,11 @@ def tune(
     finished. Raises `ConfigError` if optuna is missing, or for a space that is none.
     """
     optuna = library("optuna", "'ternbus[tune]'")
-    for name, about in space.items():
-        _check_range(name, about)
+    if not space:
+        raise ConfigError('tune() needs a range for each name, as {"plan.learning_rate": (0.01, 0.5, "log")}')
+    if type(trials) is not int or trials < 1:
+        raise ConfigError(f"trials is {trials!r}, but must be a whole number from 1")
+    space = {name: _range(name, about) for name, about in space.items()}
     first = fed.initial_evaluation(seed)
     name = named(first.values, metric, "the evaluation")
     level = optuna.logging.get_verbosity()
@@ -222,12 +228,18 @@ def _tried(fed: Federation, trial: Any, space: Mapping[str, Any], metric: str, a
     return run.metrics[metric]
 
 
-def _check_range(name: str, about: Any) -> None:
-    if isinstance(about, list) and about:
-        return
-    numbers = isinstance(about, tuple) and len(about) in (2, 3) and all(isinstance(x, int | float) for x in about[:2])
-    if not numbers or not about[0] < about[1] or about[2:] not in ((), ("log",)):
+def _range(name: str, about: Any) -> Any:
+    """The range or the choices, with Python's numbers in place of numpy's. Raises `ConfigError` for what is none."""
+    if isinstance(about, np.ndarray | list) and len(about):
+        return about.tolist() if isinstance(about, np.ndarray) else about
+    ends = about[:2] if isinstance(about, tuple) and len(about) in (2, 3) else ()
+    ends = tuple(each.item() if isinstance(each, np.generic) else each for each in ends)
+    numbers = len(ends) == 2 and all(isinstance(each, int | float) for each in ends)
+    if not numbers or not ends[0] < ends[1] or about[2:] not in ((), ("log",)):
         raise ConfigError(f'{name} is {about!r}: write (low, high), (low, high, "log") or a list of choices')
+    if about[2:] and ends[0] <= 0:
+        raise ConfigError(f'{name} is {about!r}: the low end of a range with "log" must be above 0')
+    return (*ends, *about[2:])
 
 
 def _suggested(trial: Any, name: str, about: Any) -> Any:

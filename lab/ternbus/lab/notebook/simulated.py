@@ -5,17 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
+import numpy as np
+
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
+from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.end import End
-from ternbus.lab.scenario.scenario import Scenario, Speeds
+from ternbus.lab.scenario.private import Private
+from ternbus.lab.scenario.scenario import Fault, Hostile, Local, Narrow, Scenario, Speeds
+from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.scenario.toml_table import within
 from ternbus.lab.spelling import refuse_unknown
 
-FURTHER: Final = (
-    "sync", "end", "faults", "hostile", "narrow", "local", "private", "simulate", "dense", "allow_plan_keys",
-)  # fmt: skip
+ONE: Final = {"end": End, "narrow": Narrow, "local": Local, "simulate": Simulated, "availability": Availability}
+SEVERAL: Final = {"faults": Fault, "hostile": Hostile}
+FURTHER: Final = ("sync", *ONE, *SEVERAL, "private", "dense", "allow_plan_keys")
 SETTINGS: Final = tuple(
     f"{section}.{each.name}"
     for section, kind in {**SECTIONS, "search": SearchSettings}.items()
@@ -61,19 +66,51 @@ def scenario_of(base: Scenario, given: Choices, names: Sequence[str], simulate: 
     """
     named = [each.name for each in inspect.signature(simulate).parameters.values() if each.kind is each.KEYWORD_ONLY]
     refuse_unknown(given.more, [*named, *FURTHER], "simulate() has no argument")
-    merge, settings = given.merge or {}, given.settings or {}
+    merge, settings = plain("merge", given.merge), plain("settings", given.settings)
     refuse_unknown(merge, MERGE, "merge has no key")
     refuse_unknown(settings, SETTINGS, "settings has no key")
-    more = dict(given.more)
-    more.setdefault("end", End(versions=given.versions))
+    more = _of_kinds(given.more)
+    versions = None if given.versions is None else whole("versions", given.versions)
+    more.setdefault("end", End(versions=versions))
     return replace(
         base,
-        seed=given.seed,
-        plan=dict(given.plan or {}),
+        seed=whole("seed", given.seed),
+        plan=plain("plan", given.plan),
         aggregator={**{f"merge.{name}": value for name, value in merge.items()}, **settings},
         speeds=speeds_of(given.speeds, names),
         **more,
     )
+
+
+def plain(name: str, given: Any) -> dict[str, Any]:
+    """The argument's keys and values, with Python's numbers in place of numpy's. Raises `ConfigError` for no dict."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{name} is {given!r}, but must be a dict of key to value")
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in given.items()}
+
+
+def whole(name: str, given: Any) -> int:
+    """A whole number, of Python or of numpy. Raises `ConfigError` for anything else."""
+    if isinstance(given, bool) or not isinstance(given, int | np.integer):
+        raise ConfigError(f"{name} is {given!r}, but must be a whole number")
+    return int(given)
+
+
+def _of_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Further fields of a scenario. Raises `ConfigError` for what is not of the field's class, such as a dict."""
+    found = dict(given)
+    for name, kind in {**ONE, **SEVERAL, "private": Private}.items():
+        if found.get(name) is None:
+            continue
+        values = found[name] if name in SEVERAL and isinstance(found[name], list | tuple) else [found[name]]
+        for each in values:
+            if not isinstance(each, kind):
+                raise ConfigError(f"{name} has {each!r}: give {kind.__name__}(…) of ternbus.lab")
+        if name in SEVERAL:
+            found[name] = tuple(values)
+    return found
 
 
 def speeds_of(given: Any, names: Sequence[str]) -> Speeds:
