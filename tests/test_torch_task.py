@@ -239,12 +239,17 @@ def test_a_model_that_takes_no_targets_gets_none_and_its_logits_are_scored(key: 
 def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
     pairs = TorchTask(name="own", model=lambda: nn.LSTM(8, 3), data=data)  # its outputs are a pair, and no loss
     numbers = TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, INPUTS[:, :3]))
+    floats = numbers.replaced(data=lambda folder, split: (INPUTS, TARGETS.float()))
+    column = numbers.replaced(data=lambda folder, split: (INPUTS, TARGETS[:, None]))
     alone = TorchTask(name="own", model=Named, data=lambda folder, split: {"values": INPUTS})
     several = TorchTask(name="own", model=lambda: nn.ModuleDict({"a": nn.Linear(8, 3)}), data=data)
     for task, said in (
         (several, r"the model is a ModuleDict, which has no forward\(\): give the task predict"),
         (pairs, "the model returns tuple, which cross entropy does not take: give the task a loss"),
         (numbers, "the targets are numbers with a fraction, and cross entropy needs classes"),
+        (floats, r"the targets are torch.float32, and .*: convert them, as in y.astype"),
+        (column, r"the targets have shape \(\d+, 1\), and .*: flatten them"),
+        (numbers.replaced(model=lambda: None), r"the task own: model\(\) returned NoneType: it must return a module"),
         (alone, "the targets are NoneType"),
     ):
         for use in (trained, evaluated):

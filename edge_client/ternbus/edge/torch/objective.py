@@ -129,17 +129,32 @@ def default_loss(outputs: Tree, targets: Tree) -> Any:
         what = "the model returns" if isinstance(targets, Tensor) else "the targets are"
         kind = type(outputs if isinstance(targets, Tensor) else targets).__name__
         raise ConfigError(f"{what} {kind}, which cross entropy does not take: give the task a loss(outputs, targets)")
-    if targets.is_floating_point() and not _are_shares(targets, scores):
-        raise ConfigError(
-            "the targets are numbers with a fraction, and cross entropy needs classes: give the task a loss, such as "
-            "nn.MSELoss(), or nn.BCEWithLogitsLoss() for several labels"
-        )
+    _check_classes(targets, scores)
     try:
         return functional.cross_entropy(scores, targets)
     except IndexError as error:  # PyTorch names the target, but not what there is
         if scores.ndim < 2:
             raise
         raise IndexError(f"{error} The model has outputs for the classes 0 to {scores.shape[1] - 1}") from error
+
+
+def _check_classes(targets: Tensor, scores: Tensor) -> None:
+    """Raise `ConfigError` for targets that cross entropy does not take, though a user often has them."""
+    if targets.is_floating_point() and not _are_shares(targets, scores):
+        if bool((targets == targets.round()).all()) and targets.numel() == targets.shape[0]:  # classes in a table
+            raise ConfigError(
+                f"the targets are {targets.dtype}, and cross entropy needs the numbers of classes: convert them, as in "
+                "y.astype(int), or give the task a loss, such as nn.MSELoss()"
+            )
+        raise ConfigError(
+            "the targets are numbers with a fraction, and cross entropy needs classes: give the task a loss, such as "
+            "nn.MSELoss(), or nn.BCEWithLogitsLoss() for several labels"
+        )
+    if targets.dim() == scores.dim() == 2 and targets.shape[1] == 1:
+        raise ConfigError(
+            f"the targets have shape {tuple(targets.shape)}, and cross entropy needs one class for each sample: "
+            "flatten them, as in y.ravel()"
+        )
 
 
 def _are_shares(targets: Tensor, scores: Tensor) -> bool:

@@ -214,7 +214,10 @@ class TorchTask:
     def _drawn(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.model()
+            made: Any = self.model()
+        if not isinstance(made, nn.Module):
+            raise ConfigError(f"the task {self.name}: model() returned {type(made).__name__}: it must return a module")
+        return made
 
     def narrowed(self, width: float) -> "TorchTask":
         """The same task with a narrower model. Raises `ConfigError` if it has none."""
