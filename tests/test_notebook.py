@@ -172,6 +172,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"clients": None, "data": TEST, "partition": 3}, r"partition is 3: write iid\(20\)"),
     ({"clients": None, "data": TEST, "partition": natural()}, "these data have no owners"),
     ({"task": "digits", "clients": None, "test": None, "loss": None}, "no argument 'model': the task has it"),
+    ({"clients": {"alice": (TEST[0], TEST[1][:5])}}, "^client alice has 40 inputs and 5 targets"),
+    ({"clients": {"alice": (TEST[0].tolist(), TEST[1])}}, "^client alice: the data have float in place of a tensor"),
+    ({"test": 2}, "test is 2: the share that is set aside must be between 0 and 1"),
     ({"client": CLIENTS}, "no argument 'client' .do you mean clients"),
     ({"model": nn.Linear(10, 1)}, "model is a Linear: give a function that makes one"),
 ]

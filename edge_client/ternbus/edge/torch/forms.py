@@ -24,67 +24,69 @@ from ternbus.edge.torch.samples import DatasetSamples, Samples, StreamSamples, T
 from ternbus.edge.torch.tree import Tree, converted, leaves, row_count
 
 FORMS: Final = (
-    "dataset() must give (inputs, targets), or a dict, of tensors, numpy arrays or DataFrames; a Dataset; or an "
+    "they must be (inputs, targets), or a dict, of tensors, numpy arrays or DataFrames; a Dataset; or an "
     "IterableDataset"
 )
 WIDER: Final = {np.dtype(np.uint16): np.int32, np.dtype(np.uint32): np.int64, np.dtype(np.uint64): np.int64}
 
 
-def samples_of(given: Any, *, task: str, collate: Any = None, workers: Any = 0) -> Samples:
-    """The samples of what `dataset()` gave. Raises `ConfigError` if they are none, or of no form that is known."""
+def samples_of(given: Any, *, whose: str, collate: Any = None, workers: Any = 0) -> Samples:
+    """The samples of what `dataset()` gave. Raises `ConfigError` if they are none, or of no form that is known.
+
+    ``whose`` they are, an error says: "the task digits", or "client alice".
+    """
     if type(workers) is not int or workers < 0:
-        raise ConfigError(f"the task {task}: workers is {workers!r}, but must be a whole number from 0")
+        raise ConfigError(f"{whose}: workers is {workers!r}, but must be a whole number from 0")
     if isinstance(given, DataLoader):
-        given, collate, workers = _of_loader(given, task, collate, workers)
+        given, collate, workers = _of_loader(given, whose, collate, workers)
     if type(given) is TensorDataset and collate is None:  # its tensors need no reading, and serve dp = "sample" too
         given = given.tensors if len(given.tensors) > 1 else given.tensors[0]
     try:
-        samples = _samples(given, task, collate or default_collate, workers)
+        samples = _samples(given, whose, collate or default_collate, workers)
     except TrainingError as error:  # of a stream that was read for its length
-        raise ConfigError(f"the task {task}: {error}") from error
+        raise ConfigError(f"{whose}: {error}") from error
     if not len(samples):
-        raise ConfigError(f"the task {task}: its data are empty: there must be at least one sample")
+        raise ConfigError(f"{whose}: its data are empty: there must be at least one sample")
     return samples
 
 
-def _samples(given: Any, task: str, collate: Any, workers: int) -> Samples:
+def _samples(given: Any, whose: str, collate: Any, workers: int) -> Samples:
     if isinstance(given, IterableDataset):
         return StreamSamples(stream=given, collate=collate, workers=workers)
     if isinstance(given, Dataset) or _is_list_of_samples(given):
-        return _of_dataset(given, task, collate, workers)
+        return _of_dataset(given, whose, collate, workers)
     if _is_table(given):
         raise ConfigError(
-            f"the task {task}: dataset() gave one table: give (inputs, targets), as in "
-            'frame.drop(columns="y"), frame["y"]'
+            f'{whose}: the data are one table: give (inputs, targets), as in frame.drop(columns="y"), frame["y"]'
         )
     container = isinstance(given, Tensor | np.ndarray | tuple | list | Mapping)
     if not container and hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
-        return _of_dataset(given, task, collate, workers)
+        return _of_dataset(given, whose, collate, workers)
     if not container and hasattr(given, "__iter__"):
         if iter(given) is given:
             raise ConfigError(
-                f"the task {task}: dataset() gave a {type(given).__name__}, which gives its samples only once: give an "
+                f"{whose}: the data are a {type(given).__name__}, which gives its samples only once: give an "
                 "IterableDataset whose __iter__ begins again"
             )
         return StreamSamples(stream=given, collate=collate, workers=workers)
     if container or list(leaves(given)):
-        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, task), given), task))
-    raise ConfigError(f"the task {task}: dataset() gave {type(given).__name__}: {FORMS}")
+        return TensorSamples(tree=_checked(converted(lambda leaf: _tensor(leaf, whose), given), whose))
+    raise ConfigError(f"{whose}: the data are {type(given).__name__}: {FORMS}")
 
 
-def _of_dataset(given: Any, task: str, collate: Any, workers: int) -> Samples:
+def _of_dataset(given: Any, whose: str, collate: Any, workers: int) -> Samples:
     if not hasattr(given, "__len__"):
-        raise ConfigError(f"the task {task}: its Dataset has no __len__: add it, or give an IterableDataset")
+        raise ConfigError(f"{whose}: its Dataset has no __len__: add it, or give an IterableDataset")
     return DatasetSamples(dataset=given, collate=collate, workers=workers)
 
 
-def _of_loader(loader: "DataLoader[Any]", task: str, collate: Any, workers: int) -> tuple[Any, Any, int]:
+def _of_loader(loader: "DataLoader[Any]", whose: str, collate: Any, workers: int) -> tuple[Any, Any, int]:
     """Its Dataset, function and workers: the plan says which samples make a batch."""
     if not isinstance(loader.dataset, IterableDataset) and not isinstance(
         loader.sampler, RandomSampler | SequentialSampler
     ):
         raise ConfigError(
-            f"the task {task}: dataset() gave a DataLoader with a {type(loader.sampler).__name__}, but the plan "
+            f"{whose}: the data are a DataLoader with a {type(loader.sampler).__name__}, but the plan "
             "chooses the samples of a batch: give its Dataset"
         )
     own = None if loader.collate_fn is default_collate or loader.batch_size is None else loader.collate_fn
@@ -105,27 +107,27 @@ def table_of(given: Any) -> Any:
     return next((part for part in given if _is_table(part)), None) if isinstance(given, tuple | list) else None
 
 
-def _tensor(leaf: Any, task: str) -> Any:
+def _tensor(leaf: Any, whose: str) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.detach()
     if _is_table(leaf):
-        columns = [_column(np.asarray(leaf[name]), f"the column {name!r}", task) for name in leaf.columns]
+        columns = [_column(np.asarray(leaf[name]), f"the column {name!r}", whose) for name in leaf.columns]
         return torch.from_numpy(np.stack(columns, 1, dtype=np.float32, casting="unsafe")) if columns else leaf
     if isinstance(leaf, np.ndarray) or hasattr(leaf, "to_numpy"):
         array = leaf if isinstance(leaf, np.ndarray) else leaf.to_numpy()
-        return _shared(_column(array, "an array", task))
+        return _shared(_column(array, "an array", whose))
     if isinstance(leaf, int | float | str | bytes | np.generic) or leaf is None:
         raise ConfigError(
-            f"the task {task}: dataset() gave {type(leaf).__name__} in place of a tensor: {FORMS}; of samples of "
+            f"{whose}: the data have {type(leaf).__name__} in place of a tensor: {FORMS}; of samples of "
             "different lengths, give a Dataset and collate"
         )
-    raise ConfigError(f"the task {task}: dataset() gave {type(leaf).__name__}: {FORMS}")
+    raise ConfigError(f"{whose}: the data are {type(leaf).__name__}: {FORMS}")
 
 
-def _column(array: Any, what: str, task: str) -> Any:
+def _column(array: Any, what: str, whose: str) -> Any:
     if array.dtype.kind not in "biufc":
         raise ConfigError(
-            f"the task {task}: {what} of the data is of the type {array.dtype}: it must hold numbers; number its "
+            f"{whose}: {what} of the data is of the type {array.dtype}: it must hold numbers; number its "
             "categories, for example by numpy.unique(…, return_inverse=True)"
         )
     return array
@@ -141,20 +143,20 @@ def _shared(array: Any) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _checked(tree: Tree, task: str) -> Tree:
+def _checked(tree: Tree, whose: str) -> Tree:
     """The tree, if all of its tensors have one number of rows, at least one. Raises `ConfigError` otherwise."""
     found = list(leaves(tree))
     if not found:
-        raise ConfigError(f"the task {task}: dataset() gave no tensor: {FORMS}")
+        raise ConfigError(f"{whose}: the data have no tensor: {FORMS}")
     if row_count(tree):
         return tree
     if is_pair(tree) and all(isinstance(part, Tensor) and part.dim() for part in tree):
         raise ConfigError(
-            f"the task {task} has {len(tree[0])} inputs and {len(tree[1])} targets in this part: "
+            f"{whose} has {len(tree[0])} inputs and {len(tree[1])} targets in this part: "
             "it must have equal numbers, and at least one"
         )
     shapes = ", ".join(str(tuple(leaf.shape)) for leaf in found[:5])
     raise ConfigError(
-        f"the task {task}: dataset() gave tensors of shapes {shapes}: each must have a row for each sample; for "
+        f"{whose}: the data are tensors of shapes {shapes}: each must have a row for each sample; for "
         "samples of different lengths give a Dataset and collate"
     )

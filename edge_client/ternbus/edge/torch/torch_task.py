@@ -270,7 +270,7 @@ class TorchTask:
         deployed.write(self, tensors, out, data)
 
     def _samples(self, given: Any) -> Samples:
-        return samples_of(given, task=self.name, collate=self.collate, workers=self.workers)
+        return samples_of(given, whose=f"the task {self.name}", collate=self.collate, workers=self.workers)
 
     def _labels(self, samples: Samples) -> Labels | None:
         """The target of each sample. Raises `ConfigError` if one cannot be read."""

@@ -59,7 +59,7 @@ class Arrays:
             raise ConfigError(
                 "a federation is measured on test data: give test=(X, y), or test=0.2 to set a share aside"
             )
-        if isinstance(test, float):
+        if isinstance(test, int | float):
             self._set_aside(test)
         else:
             self.test = _finite_samples(test, "test", testing.form)
@@ -131,7 +131,7 @@ def _check_columns(given: Mapping[str, Any]) -> None:
 
 
 def _finite_samples(given: Any, what: str, form: Mapping[str, Any]) -> Samples:
-    samples = samples_of(given, task=what, **form)
+    samples = samples_of(given, whose=what, **form)
     if not isinstance(samples, TensorSamples | DatasetSamples):
         raise ConfigError(f"{what}: a stream cannot be divided in memory: give arrays, or a Dataset with a length")
     if faults := samples.faults():
