@@ -162,11 +162,20 @@ def test_worker_processes_train_what_lambdas_make_to_the_same_bits(tmp_path: Pat
         "fed = Federation(lambda: nn.Linear(size, 1), loss='mse', clients={'a': data, 'b': data}, test=0.2)\n"
         "runs = [fed.simulate(versions=2, callbacks=[], jobs=jobs) for jobs in (1, 2)]\n"
         "print(all((runs[0].tensors[n] == runs[1].tensors[n]).all() for n in runs[0].tensors), __file__ != '')\n"
+        "try:\n"
+        "    Federation(\n"
+        "        lambda: nn.Linear(size, 1), clients={'a': data}, test=0.2,\n"
+        "        loss=lambda outputs, targets: 1 / 0 if outputs.requires_grad else outputs.mean(),\n"
+        "    ).simulate(callbacks=[], jobs=2)\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
     )
     ran = subprocess.run(
         [sys.executable, "-W", "error", str(script)], capture_output=True, text=True, timeout=300, check=False
     )
-    assert (ran.stderr, ran.stdout) == ("", "began\nTrue True\n")
+    assert (ran.stderr, ran.stdout[:16]) == ("", "began\nTrue True\n")
+    said = r"a, training on version 0: a bug in the task: .*, line 14: ZeroDivisionError"
+    assert re.match(said, ran.stdout[16:])
 
 
 def test_devices_that_are_trained_at_once_make_the_same_versions_to_rounding() -> None:

@@ -283,6 +283,7 @@ def test_a_subclass_of_an_estimator_is_that_estimator() -> None:
         (SGDClassifier(), None, "a SGDClassifier needs classes"),
         (SGDRegressor(), range(3), "a SGDRegressor takes no classes"),
         (SGDClassifier(), [1, 1], "classes has 1 labels"),
+        (SGDClassifier(), 10, r"classes is 10: give all labels, as range\(10\)"),
     ],
 )
 def test_the_classes_are_known_from_the_start(estimator: Any, classes: Any, words: str) -> None:

@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,10 @@ class SklearnTask:
         if self._classifies != (self.classes is not None):
             need = "needs classes, all labels that there are" if self._classifies else "takes no classes"
             raise ConfigError(f"the task {self.name}: a {kind} {need}")
+        if type(self.features) is not int or self.features < 1:
+            raise ConfigError(f"the task {self.name}: features is {self.features!r}: give the number of columns of X")
+        if self.classes is not None and not isinstance(self.classes, Iterable):
+            raise ConfigError(f"the task {self.name}: classes is {self.classes!r}: give all labels, as range(10)")
         if self.classes is not None and len(set(self.classes)) < 2:
             raise ConfigError(f"the task {self.name}: classes has {len(set(self.classes))} labels: give at least 2")
         model = self._model(0)

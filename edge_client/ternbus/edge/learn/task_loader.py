@@ -44,6 +44,7 @@ BUILT_IN_TASKS: Mapping[str, str] = {
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
 SHOWN_CHARS: Final = 300  # of the message of an error of a task
 STANDARD_LIBRARY: Final = Path(os.__file__).parent
+TRAVELLED: Final = "<dynamic-code>"  # the file of a notebook's function that cloudpickle has brought to this process
 
 
 def load_task(spec: str) -> Task:
@@ -161,7 +162,8 @@ def _missing(error: BaseException) -> str:
 
 
 def _is_own(file: str) -> bool:
-    return file[:1] != "<" and "-packages" not in file and not Path(file).is_relative_to(STANDARD_LIBRARY)
+    is_file = file[:1] != "<" and "-packages" not in file and not Path(file).is_relative_to(STANDARD_LIBRARY)
+    return is_file or file == TRAVELLED
 
 
 def _runs_own(frame: FrameType) -> bool:
