@@ -134,6 +134,19 @@ def test_the_best_version_is_exported(bench: Bench, tmp_path: Path) -> None:
     assert "there is no tag" in refused("export", bench.directory, out, "--tag", "none")
 
 
+def test_a_better_version_that_is_no_longer_kept_is_told_of(make: Make, tmp_path: Path) -> None:
+    bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4)
+    judge, out = bench.join("judge", evaluator=True), tmp_path / "best.safetensors"
+    advanced(bench, 1)
+    bench.receive(judge.topic("metrics"), judge.metrics(1, accuracy=0.9))
+    assert "was better" not in RUN.invoke(cli.app, ["export", str(bench.directory), str(out), "--best"]).stderr
+    advanced(bench, 19, "other")
+    bench.receive(judge.topic("metrics"), judge.metrics(20, accuracy=0.5))
+    found = RUN.invoke(cli.app, ["export", str(bench.directory), str(out), "--best"])
+    assert "version 20, digest" in found.stdout
+    assert "version 1 was better, with accuracy 0.9, and is not kept: set versions.keep_best = 1" in found.stderr
+
+
 def test_a_tagged_model_that_was_changed_is_not_exported(bench: Bench, tmp_path: Path) -> None:
     advanced(bench, 1)
     run("tag", bench.directory, "1", "good")

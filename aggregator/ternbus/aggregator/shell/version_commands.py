@@ -141,8 +141,12 @@ def export(
     if sum((number is not None, named is not None, best)) > 1:
         raise ConfigError("give only one of --version, --tag and --best")
     administration.load_settings(directory)
+    note = ""
     if number is None:
         with reading(directory) as ledger:
             number = version_rows.find(ledger, tag=named, is_best=best)
+            note = version_rows.better_one_gone(ledger, number) if best else ""
     found, digest = administration.export(directory, out, number)
     typer.echo(f"{out}: version {found}, digest {digest.hex()}")
+    if note:
+        typer.echo(f"ternbus: {note}", err=True)

@@ -64,3 +64,17 @@ def find(ledger: Ledger, *, tag: str | None, is_best: bool) -> int:
     if best_version is None:
         raise ConfigError("no kept version has been evaluated: run an evaluator, or give --version")
     return best_version
+
+
+def better_one_gone(ledger: Ledger, kept: int) -> str:
+    """In words, the version that was better than the best one that is ``kept``; empty where none was."""
+    found = status.read_ledger(ledger)
+    metric = found["metric"]
+    values = {row["version"]: row["metrics"].get(metric) for row in found["versions"]}
+    first = best(found["versions"], metric, found["better"])
+    if first is None or values[first] == values.get(kept):
+        return ""
+    return (
+        f"version {first} was better, with {metric} {values[first]:.4g}, and is not kept: set versions.keep_best = 1 "
+        "in aggregator.toml to keep the best of those to come"
+    )
