@@ -346,6 +346,8 @@ def test_baselines_stand_beside_a_run(run: Run) -> None:
     assert float((outputs - torch.from_numpy(TEST[1])).abs().mean()) == pytest.approx(central.metrics["mae"], rel=1e-4)
     with pytest.raises(ConfigError, match="each device has a model of its own"):
         _ = alone.model
+    with pytest.raises(ConfigError, match="needs results"):
+        compare(run, central.table)
     both = compare(run, central, alone)
     assert both.table["result"].tolist() == ["federation", "centralized", "local only"]
     assert both.plot()._repr_png_()[:4] == b"\x89PNG"

@@ -140,7 +140,7 @@ def test_arguments_and_variables_are_not_taken_for_the_notebook_s_names(tmp_path
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
-    net, path = linear(), tmp_path / "my_task.py"
+    net, path = linear(), tmp_path / "refused_task.py"
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
     inputs, labels = classes(30)
     both = {name: TensorDataset(*map(torch.from_numpy, pair)) for name, pair in CLIENTS.items()}
@@ -157,12 +157,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     assert not path.exists()
     with pytest.raises(ConfigError, match=r"my-task.py is no name of a module"):
         federation().to_task(tmp_path / "my-task.py")
-    with pytest.raises(ConfigError, match=r"cannot write .*my_task.py: there is no folder .*nowhere; make it"):
-        federation().to_task(tmp_path / "nowhere" / "my_task.py")
+    with pytest.raises(ConfigError, match=r"cannot write .*refused_task.py: there is no folder .*nowhere; make it"):
+        federation().to_task(tmp_path / "nowhere" / "refused_task.py")
     path.write_text("mine = 1\n")
     with pytest.raises(ConfigError, match="is a file of yours"):
         federation().to_task(path)
-    with pytest.raises(ConfigError, match=r"cannot write .*my_task.py"):
+    with pytest.raises(ConfigError, match=r"cannot write .*refused_task.py"):
         federation().to_task(tmp_path / "other_task.py", data=path)
     assert federation(clients=both).to_task(tmp_path / "tensors_task.py").exists()  # its tensors are known
-    assert importlib.util.find_spec("my_task") is None
+    assert importlib.util.find_spec("refused_task") is None

@@ -215,8 +215,8 @@ class Comparison:
 
 
 def compare(*results: Run | Baseline) -> Comparison:
-    """Runs and baselines in one table and one figure. Raises `ConfigError` if there is none."""
-    if not results:
+    """Runs and baselines in one table and one figure. Raises `ConfigError` for none, and for what is none."""
+    if not results or not all(isinstance(each, Run | Baseline) for each in results):
         raise ConfigError("compare() needs results: compare(run, fed.centralized(epochs=20))")
     return Comparison(results=results)
 
