@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import importlib
 import io
 import os
 import runpy
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn import task_folder
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.shell.preflight import Conditions, check
@@ -54,7 +54,7 @@ def test_the_plain_script_and_the_task_run_alone_and_learn() -> None:
 
 
 def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation() -> None:
-    module = importlib.import_module("numpy_task")
+    module = task_folder.import_from(EXAMPLES, "numpy_task")  # whatever was loaded as a task before
     inputs, labels = module.load("train")
     found = module.SoftmaxRegression(64, 10, steps=60).fit(inputs, labels)
     test_inputs, test_labels = module.load("test")
@@ -119,7 +119,7 @@ def test_the_scikit_learn_example_tests_the_model_that_a_federation_of_processes
 
 
 def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_for_them(tmp_path: Path) -> None:
-    module = importlib.import_module("sensor_task")
+    module = task_folder.import_from(EXAMPLES, "sensor_task")
     table = module.recording(seed=3, minutes=1)
     np.savetxt(tmp_path / "train.csv", table, delimiter=",", header="x,y,z,state", comments="")
     inputs, labels = module.data(tmp_path, "train")
@@ -131,7 +131,7 @@ def test_the_sensor_task_reads_recordings_of_ones_own_and_says_where_it_looks_fo
 
 
 def test_the_sensor_task_trains_in_no_window_in_which_the_state_changes() -> None:
-    module = importlib.import_module("sensor_task")
+    module = task_folder.import_from(EXAMPLES, "sensor_task")
     table = np.zeros((250, 4))
     table[:, 0] = np.arange(250)
     table[120:, 3] = 2
