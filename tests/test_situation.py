@@ -89,6 +89,8 @@ def test_the_situation_is_read_back_as_it_was(make: Make) -> None:
     found = told(bench)
     at, read = answers.last_situation(bench.ledger.db) or (0.0, None)
     assert (at, read) == (bench.now, found)
+    later = {**found.as_json(), "new": 1, "waiting": {**found.as_json()["waiting"], "new": []}}  # of a later version
+    assert Situation.from_json(later) == found
 
 
 def test_refused_updates_are_counted_by_device_and_logged(make: Make) -> None:

@@ -4,7 +4,7 @@ The core saves it when somebody looks at the status, and at a stop.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Self
 
 NAMED_MAX: Final = 100  # devices that are named; the rest is counted
@@ -38,6 +38,11 @@ class Situation:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Self:
-        """The situation that ``as_json`` gave."""
+        """The situation that ``as_json`` gave; what a later version has beside that is left out."""
         waiting = {**table["waiting"], "devices": tuple(table["waiting"]["devices"])}
-        return cls(**{**table, "waiting": Waiting(**waiting)})
+        return cls(**_known(cls, {**table, "waiting": Waiting(**_known(Waiting, waiting))}))
+
+
+def _known(of: Any, table: Mapping[str, Any]) -> dict[str, Any]:
+    names = {each.name for each in fields(of)}
+    return {name: value for name, value in table.items() if name in names}
