@@ -116,6 +116,21 @@ def test_the_bodies_of_updates_go_with_their_merge_and_sums_with_the_snapshot() 
     assert world.ledger.db.execute("SELECT count(*) FROM sets").fetchone() == (0,)
 
 
+def test_a_snapshot_is_looked_for_on_the_broker_though_its_terms_were_published_before() -> None:
+    """Terms that stay as they are have no acknowledgement to wait for; all are asked for by name."""
+    world = World(downlink__slots=1)
+    devices = world.begin()
+    for _ in range(2):
+        world.give_all(devices)
+        world.settle()
+    assert world.head.snapshot.version == world.version == 2
+    parts = {topic for topic in world.core.awaited if "/snapshot/" in topic}
+    assert parts == world.core.awaited != set()
+    done = [each for topic in sorted(parts) for each in world.handle(events.Published(topic=topic))]
+    asked = {topic for each in done if isinstance(each, events.Subscribe) for topic in each.filters}
+    assert asked == parts | {topic for topic in world.retained if "/terms/" in topic} > parts
+
+
 # --- acceptance
 
 

@@ -19,6 +19,7 @@ from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import AGGREGATOR
+from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot
 
 ASKED_AT_ONCE: Final = 40  # parts; the largest take 5 MB together
 ACKNOWLEDGE_S: Final = 120.0  # without any PUBACK for a snapshot; nats-server sends none while its disk is full
@@ -26,6 +27,7 @@ READ_MAX: Final = 4  # messages on a part's topic for each time that it is asked
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
 RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
 RETRY_MAX_S: Final = 600.0
+REPLACED: Final = {Head.KIND, Snapshot.KIND, Delta.KIND}  # by a newer snapshot
 DROPPED, UNACKNOWLEDGED, TOO_LARGE = "dropped", "unacknowledged", "Packet too large"
 
 
@@ -49,6 +51,7 @@ class Retained:
     _asked_twice: bool = False
     _ask_by: float | None = None
     _lost: dict[str, str] = field(default_factory=dict)  # topic -> why the broker does not hold the message
+    _again: dict[str, str] = field(default_factory=dict)  # those that were published again, and have no answer yet
     _retry_at: float | None = None
     _attempts: int = 0
     _told: set[tuple[str, str]] = field(default_factory=set)  # kinds and reasons that the operator knows of
@@ -56,8 +59,8 @@ class Retained:
     @property
     def acknowledgements(self) -> Set[str]:
         """Topics whose PUBACK matters."""
-        beside = {self._head} if self.versions.needs_snapshot else set()
-        return self.awaited | self.shown.clearing | beside
+        others = self.shown.clearing | self._lost.keys() | ({self._head} if self.versions.needs_snapshot else set())
+        return self.awaited | others if others else self.awaited  # which may be many, and is asked for at each PUBACK
 
     @property
     def _head(self) -> str:
@@ -66,10 +69,11 @@ class Retained:
     @property
     def withheld(self) -> str:
         """A message that the broker refused or dropped, with what to do; empty: none that devices begin with."""
-        if not self._lost:
+        lost = self._again | self._lost
+        if not lost:
             return ""
-        topic, why = next(iter(self._lost.items()))
-        more = f" and {len(self._lost) - 1} more" if len(self._lost) > 1 else ""
+        topic, why = next(iter(lost.items()))
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         return f"{topic}{more} ({why}): {self._advice(why)}"
 
     @property
@@ -91,8 +95,14 @@ class Retained:
         if topic == self._head and self.versions.needs_snapshot:
             # devices train meanwhile: of a large model it takes longer than the version did
             return self.versions.snapshot(at_leisure=True)
-        if topic not in self.awaited:
-            return self.shown.acknowledged(topic)
+        if topic in self.awaited:
+            return self._answered(topic, now)
+        if self._lost.get(topic, DROPPED) != DROPPED:  # the broker has taken a newer message there
+            del self._lost[topic]
+            return [] if self._lost or self.awaited or self._chunk else self._conclude(now)
+        return self.shown.acknowledged(topic)
+
+    def _answered(self, topic: str, now: float) -> list[Action]:
         self.awaited.discard(topic)
         self._tells, self._silent_at = True, now + ACKNOWLEDGE_S
         return [] if self.awaited else self._ask(now)
@@ -107,7 +117,7 @@ class Retained:
             self._lose(topic, reason, now)
         if topic in self.awaited:
             self._to_ask = [part for part in self._to_ask if part != topic]
-            actions += self.acknowledged(topic, now)
+            actions += self._answered(topic, now)
         return actions
 
     def part_arrived(self, topic: str, payload: bytes, now: float) -> list[Action]:
@@ -124,9 +134,14 @@ class Retained:
         return [] if self._asked else [*self._end_chunk(), *self._ask(now)]
 
     def confirmed(self, now: float) -> list[Action]:
-        """The broker holds our head: look whether it holds the snapshot too, and give it soon what it lost."""
+        """The broker holds our head: look whether it holds the snapshot too, and give it soon what it lost.
+
+        A snapshot that was to follow the head follows now: the head's PUBACK may have been lost with the connection.
+        """
         if self._lost:
             self._attempts, self._retry_at = 0, now + RETRY_S
+        if self.versions.needs_snapshot:
+            return self.versions.snapshot(at_leisure=True)
         if not self._unsure:
             return []
         self._unsure = False
@@ -142,6 +157,8 @@ class Retained:
             text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()
+        self._lost, self._again = self._again | self._lost, {}
+        self._lost.pop(topics.status(self.versions.settings.federation), None)  # each connection begins with a new one
         self.shown.disconnected()
         line = self.refusals.log_limit.write("contested", text, now) if text else ""
         return [Log(text=line, level=WARNING, event="contested")] if line else []
@@ -173,10 +190,13 @@ class Retained:
         self._forget()
         self._given, self._unsure = self.versions.given, False
         self._to_ask = self._asked_for()
-        self.awaited, self._silent_at = set(self._to_ask), now + ACKNOWLEDGE_S if self._tells else None
-        status = topics.status(self.versions.settings.federation)
-        self._lost = {topic: why for topic, why in self._lost.items() if topic == status}
-        self._retry_at = retry_at if self._lost else None
+        # not the terms of private sums, which are published only when they change
+        self.awaited = set(self.versions.snapshot_topics())
+        self._silent_at = now + ACKNOWLEDGE_S if self._tells else None
+        lost, self._again = self._again | self._lost, {}
+        self._lost = {topic: why for topic, why in lost.items() if topics.parse(topic).kind not in REPLACED}
+        if self._lost:
+            self._retry_at = now + RETRY_S if retry_at is None else retry_at
         return left
 
     def _forget(self) -> None:
@@ -233,7 +253,7 @@ class Retained:
     def _retry(self, now: float) -> list[Action]:
         """Publish again what the broker lost, unless something newer has taken its place."""
         self._attempts += 1
-        lost, self._lost, self._retry_at = self._lost, {}, None
+        lost, self._again, self._lost, self._retry_at = self._lost, self._lost, {}, None
         head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
         self.awaited, self._silent_at = {topic for topic in self._current() if topic in lost}, now + ACKNOWLEDGE_S
         self._to_ask = [topic for topic in self._asked_for() if topic in lost]
@@ -250,6 +270,7 @@ class Retained:
 
     def _conclude(self, now: float) -> list[Action]:
         """All has been answered: tell the operator what is lost, or that nothing is any more."""
+        self._again = {}
         dropped = [topic for topic, why in self._lost.items() if why == DROPPED]
         if dropped:
             named = self.versions.published.snapshot
