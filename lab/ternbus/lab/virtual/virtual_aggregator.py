@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import assert_never
+from typing import Final, assert_never
 
 from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.broker.link.link import packet_bytes
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.schema import Vector
 from ternbus.lab.virtual.clock import Alarm, Clock
 from ternbus.lab.virtual.memory_broker import PROTOCOL, Line, MemoryBroker
 from ternbus.lab.virtual.memory_ledger import Ledger
 
 VersionMade = Callable[[int, Vector], None]
+HEAD: Final = 1  # number of a publication
 
 
 class VirtualAggregator:
@@ -59,7 +61,13 @@ class VirtualAggregator:
         self._handle(events.MessageArrived(topic=topic, payload=payload, packet_bytes=size_bytes))
 
     def acknowledged(self, seq: int) -> None:
-        """Ignored: the aggregator does not wait for acknowledgements."""
+        """Of heads only, which a snapshot may follow; a simulated broker keeps all that it is given."""
+        if seq == HEAD and self._head in self.core.awaited:
+            self._handle(events.Published(topic=self._head))
+
+    @property
+    def _head(self) -> str:
+        return topics.head(self.core.settings.federation)
 
     def _new_alarm(self) -> Alarm:
         core = self.core
@@ -78,7 +86,8 @@ class VirtualAggregator:
         for action in ordered:
             match action:
                 case events.Publish():
-                    self._session.publish(action.topic, action.payload, retain=action.retain)
+                    seq = HEAD if action.topic == self._head else 0
+                    self._session.publish(action.topic, action.payload, retain=action.retain, seq=seq)
                 case events.RepublishRetained():
                     for topic in action.topics:
                         self._session.publish(topic, self._ledger.frame(topic), retain=True)
