@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from support.core_device import DEVICE as DEVICE_NAME
-from support.core_device import DEVICE_KEY, Device, aggregator, following, only, trained, update_in
+from support.core_device import DEVICE_KEY, Device, aggregator, following, only, published, trained, update_in
 from support.mechanisms import gaussian, sampled
 from support.scripted_aggregator import ScriptedAggregator
 from support.small_world import Bench, float32_block, make_directory
@@ -23,7 +23,7 @@ from ternbus.aggregator.store import status as statuses
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.exit_codes import EXIT_BUDGET
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.protocol.messages import Update
+from ternbus.broker.protocol.messages import Status, Update
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Log, Publish, Save, StartEvaluation, StartTraining, Stop
@@ -31,7 +31,7 @@ from ternbus.edge.learn.accountant import epsilon
 from ternbus.edge.learn.noise import BLOCK, RandomSource, noisy_change
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import Plan
-from ternbus.edge.plan.privacy import Account, PrivacyPolicy, cost
+from ternbus.edge.plan.privacy import Account, Cost, PrivacyPolicy, cost
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.shell import key_rotation
 from ternbus.edge.shell.directory import DeviceDirectory
@@ -358,6 +358,7 @@ def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own(
     stop = only(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5, final=True)), Stop)
     assert stop.code == EXIT_BUDGET == 4
     assert "epsilon would be 8.25, above 8 (delta 1e-05)" in stop.reason
+    assert stop.reason.endswith("; to continue, raise max_epsilon in the edge.toml of its directory and run it again")
 
 
 def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> None:
@@ -366,7 +367,7 @@ def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> N
     asked = only(born.actions, StartTraining)
     over = events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)
     (log,) = [action for action in born.handle(over) if isinstance(action, Log) and action.event == "bad-plan"]
-    assert "epsilon would be 8.25 with it, above 8 (delta 1e-05)" in log.text
+    assert "epsilon would be 8.25, above 8 (delta 1e-05)" in log.text
     scripted.advance()
     assert not any(isinstance(action, StartTraining) for action in born.arrive(*scripted.delta(1), scripted.head()))
     born.now += 7200
@@ -376,6 +377,65 @@ def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> N
     assert not any(isinstance(action, Log | Stop) for action in done)
     scripted.plan = {**DEVICE, "dp_noise": 100.0}
     assert only(born.arrive(scripted.head()), StartTraining).plan.dp_noise == 100
+
+
+def failing(actions: list[Any]) -> list[str]:
+    """What the statuses in these say of why nothing may be expected of the device."""
+    return [Status.from_meta(frame.meta).failing for frame in published(actions, "status")]
+
+
+def kept(device: Device) -> str:
+    """What its disk says of why the device makes no update."""
+    return device.disk.refusal if device.disk is not None else ""
+
+
+def test_the_aggregator_is_told_by_every_status_that_the_budget_pays_for_no_update_by_this_plan() -> None:
+    """So that it does not wait for one, at this version or the next; until the plan is another."""
+    scripted, born = following_with(DEVICE)
+    over = events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)
+    (told,) = failing(born.handle(over))
+    assert told == (
+        "its privacy budget does not pay for one more update: epsilon would be 8.25, above 8 (delta 1e-05); "
+        "more noise, fewer steps or a larger dp_epsilon may do"
+    )
+    assert kept(born) == told
+    scripted.advance()
+    assert not failing(born.arrive(*scripted.delta(1), scripted.head()))
+    born.now += 7200
+    again = born.handle(events.TimeReached())
+    assert only(again, StartTraining).base == 1
+    assert failing(again) == [told]
+    assert failing(born.handle(replace(over, base=1))) == [told]
+    scripted.plan = {**DEVICE, "dp_noise": 100.0}
+    assert failing(born.arrive(scripted.head()))[-1] == ""
+    assert kept(born) == ""
+
+
+def test_what_fails_later_by_the_same_plan_is_not_told_with_it() -> None:
+    """The reason of a failure may have data in it, that of the budget has none."""
+    _, born = following_with(DEVICE)
+    (told,) = failing(born.handle(events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)))
+    born.now += 7200
+    born.handle(events.TimeReached())
+    assert failing(born.handle(events.TrainingFailed(base=0, reason="odd"))) == [told]
+
+
+@pytest.mark.parametrize(("owners", "larger"), [(8.0, "max_epsilon in the device's edge.toml"), (9.0, "dp_epsilon")])
+def test_the_limit_is_named_that_the_plan_meets(owners: float, larger: str) -> None:
+    _, born = following_with(DEVICE, policy=PrivacyPolicy(kind="device", epsilon=owners, delta=1e-5))
+    over = events.BudgetSpent(base=0, epsilon=1234.5678, budget=8.0, delta=1e-5)
+    (told,) = failing(born.handle(over))
+    assert told.endswith(f"or a larger {larger} may do")
+
+
+def test_a_device_that_may_not_train_by_a_plan_of_another_kind_says_so_at_each_version() -> None:
+    account = Account(spent=(Cost(kind="sample", noise=9.0, rate=0.1, steps=1),))
+    scripted, born = following_with(DEVICE, state={"account": account})
+    told = 'it has dp = "device", but this device has trained under dp = "sample"'
+    assert kept(born).startswith(told)
+    scripted.advance()
+    assert not failing(born.arrive(*scripted.delta(1), scripted.head()))
+    assert kept(born).startswith(told)
 
 
 def ended_by(plan: Mapping[str, Any], account: Account, policy: PrivacyPolicy | None) -> bool:

@@ -152,7 +152,7 @@ class Core:
             case events.BudgetSpent():
                 if event.final:
                     return self._stop(EXIT_BUDGET, budget_spent(event))
-                return [*self.training.unaffordable(event, now), *self._status()]
+                return [*self.training.unaffordable(event, now), *(self._note_refusal() or self._status())]
             case events.EvaluationFailed():
                 return [*self._evaluated(*self.evaluation.failed(event, now)), *self._status()]
             case events.Evaluated():
@@ -289,7 +289,7 @@ class Core:
             self._logged_head_state = head.state
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
         asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
-        actions += [*self.training.read_plan(head), *asked, *self.follower.head_accepted(head, now)]
+        actions += [*self.training.read_plan(head, self.state.account), *asked, *self.follower.head_accepted(head, now)]
         return actions + self.uplink.withdraw(head)  # before a grant that waits with it
 
     def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
@@ -340,7 +340,8 @@ class Core:
         return [*last, *self._stop(EXIT_DONE, reason)]
 
     def _begin_training(self, now: float) -> list[Action]:
-        done = self.training.begin(self.follower, self.terms, self.state, now)
+        done: list[Action] = [*self.training.begin(self.follower, self.terms, self.state, now)]
+        done += self._note_refusal()
         return [*done, *(self._status(changed_s=now) if any(isinstance(each, StartTraining) for each in done) else [])]
 
     def _training_finished(self, event: events.TrainingFinished, now: float) -> list[Action]:

@@ -21,7 +21,7 @@ from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
 from ternbus.edge.plan.arm import with_arm
 from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.plan.privacy import SAMPLE, SUM
+from ternbus.edge.plan.privacy import SAMPLE, SUM, Account
 from ternbus.edge.plan.schedule import TURNS, turn
 from ternbus.edge.plan.sum_policy import fault
 
@@ -52,17 +52,23 @@ class TrainingPolicy:
     profile: Profile
     running: StartTraining | None = None
     plan: Plan | None = None  # the federation's; None if it is invalid, or forbidden by the owner
-    refusal: str = ""  # why there is no plan
     arms: Arms | None = None  # of the federation's search, if it has one
     due_s: float | None = None  # the time of its turn, if no new version arrives before; or of the next attempt
     failures: Failures = field(init=False)
     _newest: tuple[int, float] = (-1, 0.0)  # the newest version, and since when it could be trained on
     _turn: int = -1  # the last turn taken
     _read: tuple[str, Plan] | None = None  # the last valid plan, as a head had it
-    _unaffordable: Plan | None = None  # the plan that asks for more than the budget has left
+    _refusal: str = ""  # why there is no plan
+    _unaffordable: tuple[Plan, str] | None = None  # the plan that asks for more than the budget has left, and the words
 
     def __post_init__(self) -> None:
         self.failures = Failures(work="a training", retry=Retry(salt=f"{self.profile.key.hex()}/training"))
+
+    @property
+    def refusal(self) -> str:
+        """Why the device makes no update by the newest plan, which no data decide; empty if it does."""
+        plan, words = self._unaffordable or (None, "")
+        return self._refusal or (words if plan == self.plan else "")
 
     @property
     def sealed(self) -> bool:
@@ -79,7 +85,7 @@ class TrainingPolicy:
         """Those that the federation searches."""
         return () if self.arms is None else tuple(arm[WIDTH] for arm in self.arms.arms if WIDTH in arm)
 
-    def read_plan(self, head: Head) -> list[Log]:
+    def read_plan(self, head: Head, account: Account) -> list[Log]:
         """Read the head's plan; the task's default plan completes it, the owner's policy and limits bound it."""
         self.plan, self.arms, policy = None, None, self.profile.policy
         # The digests of terms and schema are in a head's plan, but no part of how to train: `PrivateTerms` reads them.
@@ -94,8 +100,10 @@ class TrainingPolicy:
         bound = plan if policy is None else policy.bound(plan)
         if isinstance(bound, str):
             return self._refuse(bound)
-        self.plan, self.refusal = self.profile.limits.bound(bound), ""
-        if self._unaffordable is not None and self._unaffordable != self.plan:
+        if self.profile.role == "train" and (reason := _mixed(bound, account)):
+            return self._refuse(reason)
+        self.plan, self._refusal = self.profile.limits.bound(bound), ""
+        if self._unaffordable is not None and self._unaffordable[0] != self.plan:
             self._unaffordable = None
             self.failures.succeeded()  # so that it is tried at once
         return []
@@ -108,7 +116,7 @@ class TrainingPolicy:
         return self._read[1]
 
     def _refuse(self, reason: str) -> list[Log]:
-        self.refusal = reason
+        self._refusal = reason
         return [_refused(reason)]
 
     def is_occupied(self, state: State) -> bool:
@@ -133,10 +141,9 @@ class TrainingPolicy:
         if now < self.failures.retry.due_s:
             self.due_s = self.failures.retry.due_s
             return []
-        if plan.dp != NO_DP and not state.account.covers(plan.dp):
-            self.plan = None  # until the next head
-            before = SUM if plan.dp == SAMPLE else SAMPLE
-            return [*self._refuse(MIXED.format(plan.dp, before, before))]
+        if reason := _mixed(plan, state.account):  # by a training that an earlier plan asked for
+            self.plan = None
+            return [*self._refuse(reason)]
         sums = terms.job(head, schema) if plan.codec == PRIVATE else None
         if sums is None and plan.codec == PRIVATE:
             return []
@@ -193,7 +200,7 @@ class TrainingPolicy:
 
     def finished(self, event: TrainingFinished) -> StartTraining | None:
         """The job of this result; None if the result is not of the running job."""
-        running, self.running = self.running, None
+        running, self.running, self._unaffordable = self.running, None, None
         self.failures.succeeded()
         return running if running is not None and running.base == event.base else None
 
@@ -208,12 +215,15 @@ class TrainingPolicy:
     def unaffordable(self, event: BudgetSpent, now: float) -> list[Log]:
         """Wait for another plan: it may ask for less. The same reason is logged once."""
         running, self.running = self.running, None
+        policy = self.profile.policy
+        owners = policy is not None and policy.epsilon == event.budget
+        limit = "max_epsilon in the device's edge.toml" if owners else "dp_epsilon"
         reason = (
-            f"epsilon would be {event.epsilon:.4g} with it, above {event.budget:g} (delta {event.delta:g}); a plan "
-            "with more noise (dp_noise, or a smaller dp_theta), fewer steps or a larger dp_epsilon may do"
+            f"its privacy budget does not pay for one more update: epsilon would be {event.epsilon:.4g}, above "
+            f"{event.budget:g} (delta {event.delta:g}); more noise, fewer steps or a larger {limit} may do"
         )
         known = self.failures.reason == reason
-        self._unaffordable = None if running is None else running.plan
+        self._unaffordable = None if running is None else (running.plan, reason)
         self.failures.failed(event.base, reason, now)
         return [] if known else [_refused(reason)]
 
@@ -221,6 +231,14 @@ class TrainingPolicy:
         """A seed that differs for each device and version, and is the same if the run is repeated."""
         text = f"{self.profile.federation}/{self.profile.device}/{plan.seed}/{base}"
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def _mixed(plan: Plan, account: Account) -> str:
+    """Why the account has no epsilon for what the plan protects; empty if it has, or the plan needs none."""
+    if plan.dp == NO_DP or account.covers(plan.dp):
+        return ""
+    before = SUM if plan.dp == SAMPLE else SAMPLE
+    return MIXED.format(plan.dp, before, before)
 
 
 def _refused(reason: str) -> Log:
@@ -231,5 +249,6 @@ def budget_spent(event: BudgetSpent) -> str:
     """The reason to stop when the privacy budget allows no more training."""
     return (
         f"the privacy budget is spent: with one more update epsilon would be {event.epsilon:.4g}, above "
-        f"{event.budget:g} (delta {event.delta:g}); raise max_epsilon of the device to continue"
+        f"{event.budget:g} (delta {event.delta:g}); to continue, raise max_epsilon in the edge.toml of its "
+        "directory and run it again"
     )

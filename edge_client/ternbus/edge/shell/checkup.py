@@ -54,7 +54,11 @@ def _outbox(directory: Path) -> Iterator[Result]:
     if found.is_cloned:
         yield error("clone", "another machine uses this device's key", "stop both, and join each by a name of its own")
     if found.state.refusal:
-        yield error("plan", f"the device does not train: {found.state.refusal}", "change its pins, or ask the operator")
+        yield error(
+            "plan",
+            f"the device does not train: {found.state.refusal}",
+            "ask the operator for another plan, or change what its owner demands in edge.toml",
+        )
     if found.last is not None and found.last.outcome in {"stale", "invalid", "revoked", "refused"}:
         text = f"the last update, on version {found.last.base}, was {found.last.outcome}"
         yield warning("answer", text, "ask the aggregator's operator: ternbus aggregator status AGG")
