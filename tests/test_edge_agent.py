@@ -290,6 +290,20 @@ def test_a_device_stops_at_its_privacy_budget_and_remembers_it(url: str, tmp_pat
         assert (code, len(server.updates)) == (4, 3), said
 
 
+def test_joining_private_sums_to_train_without_pins_leaves_no_trace(url: str, tmp_path: Path) -> None:
+    """So the same invitation serves to join with them; without --run it may be an evaluator, which needs none."""
+    with serving(url, codec="private", terms=bytes(32)) as server:
+        invitation = server.invite(tmp_path, "pi")
+        line = ("join", invitation, tmp_path / "pi", "--task", TASK)
+        code, said = server.until_ended(edge(*line, "--run"))
+        assert (code, server.keys) == (2, {}), said
+        assert "its invitation is still good" in said
+        assert not (tmp_path / "pi").exists()
+        code, said = server.until_ended(edge(*line))
+        assert (code, set(server.keys)) == (0, {"pi"}), said
+        assert "to train, it needs a new invitation" in said
+
+
 def test_a_private_training_that_diverges_is_seen_by_nobody(url: str, tmp_path: Path) -> None:
     """A model at the bound and the largest rates: an update of noise comes as ever, and the device's log says why."""
     pytest.importorskip("dp_accounting")

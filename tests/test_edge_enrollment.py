@@ -113,3 +113,34 @@ def test_a_new_key_enrols_anew_and_signs_what_is_outstanding_anew() -> None:
     assert (update.key, update.body, update.meta) == (fresh.key_id, frame.body, frame.meta)
     assert update.seq != ENROLL_SEQ
     assert Device(Core(profile(identity=fresh), State(key=DEVICE_KEY.key_id))).core.state.outstanding is None
+
+
+PRIVATE_PLAN = {"codec": "private", "terms": bytes(32)}
+
+
+def test_a_device_that_joins_to_train_keeps_its_invitation_where_it_would_need_pins() -> None:
+    scripted = aggregator(plan=PRIVATE_PLAN)
+    device = connected("join", state={"enrolled": False}, code="secret", trains_next=True)
+    assert published(device.arrive(scripted.status()), "enroll") == []  # it does not know the plan
+    done = device.arrive(scripted.head())
+    stop = only(done, Stop)
+    assert published(device.actions, "enroll") == []
+    assert stop.code == 2
+    assert "its invitation is still good; join with `--private --helper KEY`" in stop.reason
+
+
+def test_a_plan_that_becomes_private_after_the_enrolment_was_sent_ends_nothing() -> None:
+    """Whether the invitation is spent is not known then."""
+    scripted = aggregator()
+    device = connected("join", state={"enrolled": False}, code="secret", trains_next=True)
+    assert published(device.arrive(scripted.status(), scripted.head()), "enroll")
+    scripted.plan = PRIVATE_PLAN
+    assert of(device.arrive(scripted.head()), Stop) == []
+    done = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, ENROLL_SEQ, "enrolled"), *scripted.snapshot())
+    assert only(done, Stop).code == 0
+
+
+def test_an_evaluator_joins_private_sums_without_pins() -> None:
+    scripted = aggregator(plan=PRIVATE_PLAN)
+    device = connected("join", state={"enrolled": False}, code="secret")
+    assert published(device.arrive(scripted.status(), scripted.head()), "enroll")

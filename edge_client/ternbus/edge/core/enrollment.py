@@ -4,14 +4,19 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ternbus.broker.errors import ProtocolError
-from ternbus.broker.exit_codes import EXIT_DONE, EXIT_FAILED
-from ternbus.broker.protocol.messages import Receipt
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED
+from ternbus.broker.protocol.messages import PRIVATE, Receipt
+from ternbus.broker.protocol.model_messages import Head
 from ternbus.edge.core.actions import Log, Publish
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.resend import Resend
 
 FIRST_RESEND_S: Final = 10.0
+NEEDS_PINS: Final = (
+    "the federation {} has private sums, and {} was given no --private: it has not joined, and its invitation is still "
+    "good; join with `--private --helper KEY`, with the key of each helper that you trust"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,15 +26,18 @@ class Enrollment:
     profile: Profile
     pending: PendingState
     resend: Resend = field(init=False)
+    _asked: bool = False
 
     def __post_init__(self) -> None:
         self.resend = Resend(salt=self.profile.key.hex(), first_s=FIRST_RESEND_S)
 
-    def due_s(self) -> float | None:
-        """The time of the next transmission; None if the key is enrolled."""
-        return None if self.pending.state.enrolled else self.resend.due_s()
+    def due_s(self, head: Head | None) -> float | None:
+        """The time of the next transmission; None if the key is enrolled, or before the plan is known that matters."""
+        waits = self.profile.trains_next and head is None
+        return None if waits or self.pending.state.enrolled else self.resend.due_s()
 
     def send(self, now: float) -> list[Publish]:
+        self._asked = True
         self.resend.sent(1, now)
         return [self.profile.enroll()]
 
@@ -42,6 +50,16 @@ class Enrollment:
             raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for an enrollment")
         self.pending.put(replace(self.pending.state, enrolled=True))
         return [Log(event="enrolled", text=f"enrolled as {self.profile.device}")]
+
+    def ending(self, head: Head | None, *, is_checked: bool) -> tuple[int, str] | None:
+        """How joining ends: the exit code, and why; None while it goes on. ``is_checked``: the task's model fits."""
+        about = self.profile
+        if self.pending.state.enrolled:
+            return (EXIT_DONE, f"{about.device} has joined {about.federation}") if is_checked else None
+        private = head is not None and head.plan.get("codec") == PRIVATE
+        if private and about.sums is None and about.trains_next and not self._asked:
+            return EXIT_CONFIG, NEEDS_PINS.format(about.federation, about.device)
+        return None
 
 
 def stopped_by(reason: str, role: str) -> tuple[int, str]:

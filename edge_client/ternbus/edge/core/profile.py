@@ -112,6 +112,7 @@ class Profile:
     classes: Mapping[str, int] = field(default_factory=dict)  # its samples by class, to publish with them
     fine_tune: float = 0.0  # epochs on the device's own data before it stops; 0: none
     stays: bool = False  # while the federation is closed, until it is resumed
+    trains_next: bool = False  # it joins to train: by a plan that it cannot follow it does not spend its invitation
     statistics: int | None = None  # requests for statistics a day that its owner allows; None: none are answered
     sums: SumPolicy | None = None  # what its owner pins of private sums; with it the device sends no other updates
     box: Box = field(default=masks.box, repr=False)  # random, as ``seal`` is

@@ -19,8 +19,8 @@ from ternbus.edge.plan.plan import Plan
 
 MIN: Final = 5
 NOT_PRIVATE: Final = (
-    'its codec is "private", and this device was not joined with --private: leave, and join again with `ternbus edge '
-    "join … --private --helper KEY`, with the key of each helper that you trust"
+    'its codec is "private", and this device was not joined with --private: to train, it needs a new invitation, then '
+    "`ternbus edge leave` and `ternbus edge join … --private --helper KEY`"
 )
 Numbers = Mapping[bytes, int]  # the highest number of a box key that was seen of each pinned helper
 

@@ -273,6 +273,7 @@ def _profile(
         classes=classes,
         fine_tune=options.fine_tune,
         stays=options.stays,
+        trains_next=options.trains_next,
         sums=settings.sums,
         statistics=settings.statistics_per_day,
     )

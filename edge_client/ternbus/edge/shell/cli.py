@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ternbus.broker.errors import ConfigError, LinkError
-from ternbus.broker.exit_codes import EXIT_DONE, EXIT_REFUSED
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
@@ -187,8 +188,8 @@ def _enroll(
             _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
         elif not (role and home.has_joined(asked)):
             model, is_new = task(), not home.folder.exists()  # before the invitation is spent
-            stop = agent.join(home, prepare(), model, options, printer)
-            if is_new and stop.code == EXIT_REFUSED:  # of no use: the key is not enrolled
+            stop = agent.join(home, prepare(), model, replace(options, trains_next=role == "train"), printer)
+            if is_new and stop.code in {EXIT_CONFIG, EXIT_REFUSED}:  # of no use: the key is not enrolled
                 home.erase()
             _end(printer, stop, role)
     assert role is not None  # noqa: S101 - `_end` has ended the command otherwise

@@ -13,4 +13,5 @@ class Options:
     reports: bool = False  # publish metrics of versions on the held-out data
     fine_tune: float = 0.0  # epochs before the device stops
     stays: bool = False  # while the federation is closed
+    trains_next: bool = False  # joins to train at once, not to evaluate
     out: str = ""  # the file to export to
