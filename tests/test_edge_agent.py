@@ -80,6 +80,9 @@ def test_join_run_and_leave(server: Server, tmp_path: Path) -> None:
     shown = status_of(folder)
     assert (shown["accepted"], shown["base"], shown["outstanding"]) == (3, 2, None)
     assert shown["receipt"] == {"seq": server.updates[-1].seq, "base": 2, "outcome": "accepted"}
+    _, text = server.until_ended(edge("status", folder))
+    (line,) = [each for each in text.splitlines() if each.startswith("receipt ")]
+    assert line.split(None, 1)[1] == f"seq {server.updates[-1].seq}, base 2, outcome accepted"
     counters = shown["counters"]
     assert counters["updates.accepted"] == counters["sent.update"] == 3
     assert counters["sent_bytes.update"] > sum(len(frame.body) for frame in server.updates)

@@ -44,6 +44,14 @@ def join(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
+def test_an_invitation_that_others_can_read_is_warned_of(tmp_path: Path) -> None:
+    invitation = tmp_path / "pi.toml"
+    invitation.write_text(INVITATION.dumps())
+    invitation.chmod(0o644)
+    line = ["join", str(invitation), str(tmp_path / "pi"), "--task", "digits-numpy", "--timeout", "0"]
+    assert f"ternbus: warning: other users can read {invitation}" in CliRunner().invoke(cli.app, line).output
+
+
 def joined(folder: Path, sums: SumPolicy | None) -> DeviceDirectory:
     home = DeviceDirectory(folder)
     settings = home.prepare(INVITATION, task="digits-numpy", data=None, partition="all", hold_out=0.2, sums=sums)

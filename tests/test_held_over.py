@@ -102,7 +102,7 @@ def test_the_operator_is_told_once_for_each_buffer_that_it_lacks_devices(make: M
     bench.tick(2.0)
     deadlines = [bench.core.deadline]  # to tell; time alone merges nothing
     expected = (
-        "1 accepted updates of 1 device stay unmerged: a version is made of at least 3 devices (merge.min_devices); "
+        "1 accepted update of 1 device stays unmerged: a version is made of at least 3 devices (merge.min_devices); "
         "the ledger keeps them"
     )
     bench.now = began + 7.0
@@ -143,7 +143,7 @@ def test_a_close_records_what_lacks_devices_as_unmerged_and_resuming_merges_it(m
     assert bench.version == 0
     assert [text.partition(":")[0] for text in logged(actions)] == [
         "the federation is closed",
-        "1 accepted updates of 1 device stay unmerged",
+        "1 accepted update of 1 device stays unmerged",
     ]
     assert logged(bench.tick(100.0)) == []  # it was told
     found = statuses.read(bench.directory)

@@ -152,7 +152,13 @@ def test_a_helper_that_is_there_is_not_made_again(helper: Any, tmp_path: Path) -
 def test_invitations_that_others_can_read_are_warned_of(helper: Any, tmp_path: Path) -> None:
     file = invitation(tmp_path)
     file.chmod(0o644)
-    assert "other users can read" in helper("init", tmp_path / "bureau", "--invitation", file).err
+    said = helper("init", tmp_path / "bureau", "--invitation", file).err
+    assert said.startswith(f"ternbus: warning: other users can read {file}")
+
+
+def test_an_empty_log_has_no_line_for_scripts(helper: Any, tmp_path: Path) -> None:
+    init(helper, tmp_path / "bureau")
+    assert helper("log", tmp_path / "bureau", "--json").out == ""
 
 
 def test_devices_are_admitted_listed_and_removed(helper: Any, tmp_path: Path) -> None:

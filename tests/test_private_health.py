@@ -58,6 +58,22 @@ def test_a_helper_that_has_admitted_nobody_is_named_until_a_sum_is_opened(monkey
     assert _wrong(_health(world, monkeypatch)) == []
 
 
+def test_devices_whose_updates_were_dropped_have_sent_and_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the next version of no update, which is not made at once a second time."""
+    world = World(roster="own")
+    devices = world.begin()
+    for base in (0, 1):
+        assert world.version == base
+        for device in devices:
+            world.say(device, "idle", base)
+        assert _health(world, monkeypatch).waits_for == tuple(each.name for each in devices)
+        world.give_all(devices)
+        world.settle()
+    assert (world.version, len(world.dropped())) == (1, 6)
+    assert [kind for kind, _ in _wrong(_health(world, monkeypatch))] == ["dropped"]
+    assert _health(world, monkeypatch).waits_for == ()
+
+
 def test_updates_of_too_few_devices_for_a_sum_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     world.give_all(world.begin(4)[:2])

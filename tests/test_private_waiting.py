@@ -69,6 +69,19 @@ def test_the_operator_is_told_at_each_change_that_too_few_devices_have_sent() ->
     assert (world.version, told(world.tick(100.0))) == (1, [])
 
 
+def test_the_operator_is_told_once_though_a_device_comes_and_goes() -> None:
+    world = World()
+    one, other = world.begin(2)
+    world.say(one, "training", 0)
+    world.give(one, 0)
+    told = [world.last]
+    for state in ("training", "offline", "training", "offline"):
+        world.say(other, state, 0)
+        told.append(world.last)
+    lines = [each.text for actions in told for each in actions if isinstance(each, events.Log)]
+    assert lines.count("private updates wait for more: 1 device on version 0, and a sum has 3 or more") == 1
+
+
 def test_nobody_waits_for_a_second_update_of_a_device_on_one_version() -> None:
     """Its status may come late, or not at all."""
     world = World(merge__max_wait_s=30.0)

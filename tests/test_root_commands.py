@@ -104,6 +104,22 @@ def test_what_root_restores_belongs_to_the_owner_of_the_backup(services: Path) -
     assert LAB in run("aggregator", "status", new)
 
 
+@readable_by_others
+def test_a_password_that_the_service_could_not_read_is_refused_before_anything_is_made(services: Path) -> None:
+    password, model = services / "password", services / "model.safetensors"
+    password.write_text("secret\n")
+    password.chmod(0o600)
+    command = ternbus(
+        "aggregator", "init", services / "agg", "--federation", LAB, "--broker", "mqtts://bus.example.org",
+        "--model", model, "--username", LAB, "--password-file", password,
+    )  # fmt: skip
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, list((services / "agg").iterdir())) == (2, []), done.stderr
+    assert f"cannot read {password}" in done.stderr
+    os.chown(password, OTHER, OTHER)
+    run(*command[3:])
+
+
 def test_what_the_owner_cannot_read_is_named_at_once(services: Path) -> None:
     """Else a command would end somewhere on its way, where it imports what only root may read."""
     mine = services / "root"

@@ -35,6 +35,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def unmerged(count: int, of: str = "") -> str:
+    """That so many accepted updates are in no version of a closed federation; ``of`` says whose they are."""
+    return f"{counted(count, 'accepted update')}{of} {'stays' if count == 1 else 'stay'} unmerged"
+
+
 def of_devices(names: Sequence[str], noun: str = "device") -> str:
     """The names, of many only the first: `pi-1, pi-2, pi-3 and 9 more devices`."""
     shown, more = ", ".join(names[:NAMES_MAX]), len(names) - NAMES_MAX

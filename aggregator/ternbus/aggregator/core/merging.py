@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.canary import Canary, Judged, dropped, withdrawn_line
 from ternbus.aggregator.core.events import Action, Log
+from ternbus.aggregator.core.findings import counted, unmerged
 from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
@@ -102,7 +103,7 @@ class Merging:
         """Tell the operator what a closed federation leaves unmerged, since nobody evaluates it."""
         candidate = self.canary.candidate
         count = len(self.model.buffer) + (0 if candidate is None else len(candidate.prepared.updates))
-        text = f"{count} accepted updates stay unmerged: the group of the canary is gone; they count after a resume"
+        text = f"{unmerged(count)}: the group of the canary is gone; they count after a resume"
         return [Log(text=text, level=WARNING, event="held")] if count else []
 
     def dissolve(self, device: str, now: float) -> list[Action]:
@@ -117,9 +118,9 @@ class Merging:
     def tell_held(self) -> list[Action]:
         """Tell the operator, once for each buffer, that it lacks devices."""
         self._told_held = True
-        devices = len({update.device for update in self.model.buffer})
+        devices = counted(len({update.device for update in self.model.buffer}), "device")
         text = (
-            f"{len(self.model.buffer)} accepted updates of {devices} device{'s' if devices > 1 else ''} stay unmerged: "
+            f"{unmerged(len(self.model.buffer), f' of {devices}')}: "
             f"a version is made of at least {self.settings.min_devices} devices (merge.min_devices); "
             "the ledger keeps them"
         )

@@ -94,7 +94,9 @@ class SetMerging:
 
     def waiting(self, now: float) -> Waiting:
         """Whom the next version waits for, of the devices; the status of private sums names the helpers."""
-        return waiting(self._trigger, self.sets.devices, self.registry.online, now, since=self._since)
+        newest, online = self.versions.model.version, self.registry.online
+        dropped = {name for name, each in online.items() if each.highest_base >= newest}  # with those that are here
+        return waiting(self._trigger, self.sets.devices | dropped, online, now, since=self._since)
 
     def ask_all(self, now: float) -> list[Action]:
         """Ask all helpers again what they have not answered."""
@@ -154,8 +156,9 @@ class SetMerging:
         groups = self.sets.groups() if self.sets.is_stuck and self.versions.published.state == OPEN else ()
         is_known = self._awaited(now) is None and self._rule.not_before <= now
         waits = [each for each in groups if is_known or each.since + self.settings.merge.max_wait_s <= now]
-        before, self._told = self._told, "; ".join(each.says for each in waits)
-        return [Log(text=f"private updates wait for more: {self._told}")] if self._told not in {"", before} else []
+        before, told = self._told, "; ".join(each.says for each in waits)
+        self._told = told or (before if groups else "")
+        return [Log(text=f"private updates wait for more: {told}")] if told not in {"", before} else []
 
     def _is_stuck(self, now: float) -> bool:
         """Whether nobody is waited for that can send before another version, and nothing is on its way to one."""

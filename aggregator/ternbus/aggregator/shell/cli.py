@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ternbus.aggregator.core.findings import unmerged
 from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
@@ -118,13 +119,13 @@ def init(
     first = administration.FirstModel.load(model)
     overrides = PlanCheck.settings(first.plan, allowed or ())
     overrides |= dict(_override(text) for text in settings or [])
-    overrides |= _login(username, password_file)
     overrides |= _private(federation, helpers or (), private_kind, private=private)
     if broker_dir is not None:
         overrides["transport.authority"] = str(broker_dir.resolve())
     url = _broker_url(broker, broker_dir)
     credentials = credentials_in(tls) if tls is not None else None
     act_as_owner(directory)
+    overrides |= _login(username, password_file)
     administration.create(
         directory,
         federation=federation,
@@ -161,7 +162,10 @@ def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
 
 
 def _login(username: str, password_file: Path | None) -> dict[str, object]:
-    """As settings. The password itself stays in its file, and goes into no invitation."""
+    """As settings. The password itself stays in its file, and goes into no invitation; the directory's owner reads it.
+
+    Raises `ConfigError` where this user, as whom `run` reads it, cannot.
+    """
     entries: dict[str, object] = {}
     if username:
         entries["transport.username"] = username
@@ -339,9 +343,9 @@ def close(directory: Dir) -> None:
     if private is not None and private["closing"]:
         typer.echo("paused; it closes when the helpers have answered: see `ternbus aggregator status`")
         return
-    unmerged = statuses.read(directory)["counts"]["unmerged"]
-    left = f"; {unmerged} accepted updates stay unmerged: they are of too few devices (merge.min_devices)"
-    typer.echo(f"closed{left if unmerged else ''}")
+    count = statuses.read(directory)["counts"]["unmerged"]
+    left = f"; {unmerged(count)}, of too few devices (merge.min_devices)"
+    typer.echo(f"closed{left if count else ''}")
 
 
 app.command("dashboard-token")(dashboard_token.dashboard_token)

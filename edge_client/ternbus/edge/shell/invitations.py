@@ -22,6 +22,8 @@ def load_invitation(path: Path, directory: Path) -> Invitation:
     invitation = Invitation.from_table(load_toml(path), str(path))
     invitation.check_role(None, str(path))
     if is_exposed(path):
-        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
+        typer.echo(
+            f"ternbus: warning: other users can read {path}, which contains a secret: chmod 600 {path}", err=True
+        )
     act_as_owner(directory)
     return invitation

@@ -51,6 +51,8 @@ def shown(value: object) -> object:
     """A value in a table for people."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each}" for name, each in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "-" if value is None else value

@@ -240,5 +240,7 @@ def _load_invitation(path: Path) -> Invitation:
     invitation = Invitation.from_table(load_toml(path), str(path))
     invitation.check_role(HELPER, str(path))
     if is_exposed(path):
-        typer.echo(f"ternbus: other users can read {path}, which contains a secret: chmod 600 {path}", err=True)
+        typer.echo(
+            f"ternbus: warning: other users can read {path}, which contains a secret: chmod 600 {path}", err=True
+        )
     return invitation

@@ -149,7 +149,8 @@ def log(
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         typer.echo(f"{out}: {len(lines)} sets")
     elif as_json:
-        typer.echo("\n".join(lines))
+        for line in lines:
+            typer.echo(line)
     else:
         cells = [
             [
