@@ -491,7 +491,8 @@ def test_a_device_that_has_joined_does_not_begin_a_new_store(lost: str, tmp_path
         words = [sys.executable, "-c", "from ternbus.command import main; main()", "edge", command, str(folder)]
         done = subprocess.run(words, cwd=FIXTURES, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2, done.stderr
-        assert f"{folder / outbox.FILE} is missing or empty: restore it from a backup" in done.stderr
+        assert f"{folder / outbox.FILE} is missing or empty: restore it from a backup (under differ" in done.stderr
+        assert "an older one has forgotten what was spent since" in done.stderr
         assert f"`ternbus edge rejoin INVITATION.toml {folder}`; its privacy account is lost" in done.stderr
     assert (folder / outbox.FILE).exists() == (lost != "removed")
 

@@ -50,7 +50,7 @@ def check_account(home: DeviceDirectory) -> None:
     if home.settings().policy is not None and not outboxes.exists(home.folder):
         raise ConfigError(
             f"{home.folder / outboxes.FILE} is missing or empty, and with it what this device has spent of its privacy "
-            "budget: restore the file, or add --account-lost to "
+            "budget: restore a copy of it that was made after the last training, or add --account-lost to "
             f"`ternbus edge rejoin INVITATION.toml {home.quoted}` to begin a new budget"
         )
 

@@ -34,7 +34,15 @@ from ternbus.edge.core.state import (
     Statistics,
 )
 from ternbus.edge.plan.privacy import Account
-from ternbus.edge.store.outbox_format import COLUMNS, insert, naming, open_for_reading, open_for_writing, remedy
+from ternbus.edge.store.outbox_format import (
+    COLUMNS,
+    RESTORE,
+    insert,
+    naming,
+    open_for_reading,
+    open_for_writing,
+    remedy,
+)
 
 FILE: Final = "outbox.db"
 RECEIPTS_MAX: Final = 100_000
@@ -199,7 +207,7 @@ def check(folder: Path) -> None:
     if exists(folder):
         return
     raise ConfigError(
-        f"{path} is missing or empty: restore it from a backup, or run `ternbus edge join` again; if the device had "
+        f"{path} is missing or empty: {RESTORE}, or run `ternbus edge join` again; if the device had "
         f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {shlex.quote(str(folder))}`; its privacy "
         "account is lost"
     )

@@ -156,11 +156,18 @@ FORMATS: Final = Formats(
 )
 
 
+# Of what a device has spent since, an old copy knows nothing: its owner has to decide.
+RESTORE: Final = (
+    "restore it from a backup (under differential privacy one that was made after the last training: an older one "
+    "has forgotten what was spent since)"
+)
+
+
 def remedy(path: Path) -> str:
     """What to do about a damaged store."""
     folder = shlex.quote(str(path.parent))
     return (
-        "restore it from a backup; or ask for an invitation, and `ternbus edge join --renew INVITATION.toml "
+        f"{RESTORE}; or ask for an invitation, and `ternbus edge join --renew INVITATION.toml "
         f"{folder}` keeps what can be read; where that is refused, move the file away and run "
         f"`ternbus edge rejoin INVITATION.toml {folder}`"
     )
