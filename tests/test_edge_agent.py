@@ -301,6 +301,7 @@ def test_joining_private_sums_to_train_without_pins_leaves_no_trace(url: str, tm
         code, said = server.until_ended(edge(*line, "--run"))
         assert (code, server.keys) == (2, {}), said
         assert "its invitation is still good" in said
+        assert "new invitation" not in said
         assert not (tmp_path / "pi").exists()
         code, said = server.until_ended(edge(*line))
         assert (code, set(server.keys)) == (0, {"pi"}), said

@@ -9,6 +9,7 @@ from support.core_device import (
     aggregator,
     connected,
     following,
+    logged,
     of,
     only,
     profile,
@@ -127,6 +128,7 @@ def test_a_device_that_joins_to_train_keeps_its_invitation_where_it_would_need_p
     assert published(device.actions, "enroll") == []
     assert stop.code == 2
     assert "its invitation is still good; join with `--private --helper KEY`" in stop.reason
+    assert "new invitation" not in " ".join(logged(done))
 
 
 def test_a_plan_that_becomes_private_after_the_enrolment_was_sent_ends_nothing() -> None:

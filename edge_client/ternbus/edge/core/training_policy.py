@@ -117,7 +117,7 @@ class TrainingPolicy:
 
     def _refuse(self, reason: str) -> list[Log]:
         self._refusal = reason
-        return [_refused(reason)]
+        return [] if self.profile.trains_next else [_refused(reason)]  # joining ends by it, or the training says it
 
     def is_occupied(self, state: State) -> bool:
         """Whether no version is used until a training has ended and its update is answered.
