@@ -21,6 +21,7 @@ from support.core_device import (
 from support.scripted_aggregator import ScriptedAggregator
 from ternbus.broker.protocol.messages import Status
 from ternbus.edge.core.actions import Action, Save, StartTraining, Stop
+from ternbus.edge.plan.privacy import Account, Cost
 
 
 def test_the_newest_version_is_trained_on_and_the_status_says_so() -> None:
@@ -128,3 +129,20 @@ def test_it_stops_after_so_many_accepted_updates() -> None:
         assert len(of(done, Stop)) == (version == 1)
         scripted.advance()
         device.arrive(*scripted.delta(version + 1), scripted.head())
+
+
+def test_a_training_by_an_earlier_plan_may_leave_an_account_that_does_not_cover_the_next_one() -> None:
+    """The plan was read while it ran; nobody waits for an update by it."""
+    privacy = {"dp_clip": 1.0, "dp_noise": 1.0, "dp_epsilon": 9.0}
+    scripted, device = following(scripted=aggregator(plan={**privacy, "dp": "sample"}))
+    job = only(device.actions, StartTraining)
+    scripted.plan = {**privacy, "dp": "device"}
+    scripted.advance()
+    device.arrive(*scripted.delta(1), scripted.head())
+    account = Account(spent=(Cost(kind="sample", noise=1.0, rate=0.1, steps=1),))
+    done = device.handle(trained(job, account=account))
+    (frame,) = published(done, "update")
+    done = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "accepted"))
+    assert of(done, StartTraining) == []
+    failing = Status.from_meta(published(done, "status")[-1].meta).failing
+    assert failing.startswith('it has dp = "device", but this device has trained under dp = "sample"')
