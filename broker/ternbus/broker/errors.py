@@ -1,8 +1,11 @@
 """The exceptions of Ternbus, by who can correct the error: the peer, the operator, the disk or the network."""
 
 import errno
+from itertools import chain
+from traceback import StackSummary
 from typing import Final
 
+from ternbus.broker.own_code import own_frames
 from ternbus.broker.printable import printable
 
 FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
@@ -14,6 +17,14 @@ WRONG_PATH: Final = FORBIDDEN | {
 
 class FederationError(Exception):
     """The base class of all exceptions that Ternbus raises on purpose. Any other exception is a bug."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the lines of the user's own code, then the text. Ours help nobody to correct it."""
+        causes: list[BaseException] = [self]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        lines = StackSummary.extract(chain.from_iterable(map(own_frames, causes))).format()
+        return [*map(str.rstrip, lines), f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
 
 
 class ProtocolError(FederationError):

@@ -22,6 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 
+from ternbus.broker.own_code import OURS
+
 
 class _SourceLoader(SourceFileLoader):
     """Python's own names no file in its error for a NUL byte."""
@@ -38,7 +40,6 @@ _LOADERS = (
     (_SourceLoader, SOURCE_SUFFIXES),
     (SourcelessFileLoader, BYTECODE_SUFFIXES),
 )
-OURS = "ternbus"  # a namespace package: a folder of this name would become a part of it
 _MACHINERY = {"importlib", "_frozen_importlib", "_frozen_importlib_external"}
 
 

@@ -10,15 +10,15 @@ import importlib
 import linecache
 import os
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Final, Self
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded
+from ternbus.broker.own_code import OURS, is_own, own_frames
 from ternbus.broker.printable import printable
 from ternbus.edge.learn import former_names, task_folder
 from ternbus.edge.learn.task import Task
@@ -43,8 +43,6 @@ BUILT_IN_TASKS: Mapping[str, str] = {
 }
 NEEDED: Final = "a task needs name, default_plan, initial(), trainer() and evaluator()"
 SHOWN_CHARS: Final = 300  # of the message of an error of a task
-STANDARD_LIBRARY: Final = Path(os.__file__).parent
-TRAVELLED: Final = "<dynamic-code>"  # the file of a notebook's function that cloudpickle has brought to this process
 
 
 def load_task(spec: str) -> Task:
@@ -91,10 +89,9 @@ def location_of(error: BaseException) -> tuple[str, int] | None:
     """File and line of the innermost frame of the user's own code in the traceback; None if it has none."""
     if isinstance(error, SyntaxError):
         file, line = _read(error, "filename"), _read(error, "lineno")
-        if isinstance(file, str) and isinstance(line, int) and file and line and _is_own(file):
+        if isinstance(file, str) and isinstance(line, int) and file and line and is_own(file):
             return file, line
-    frames = reversed([*traceback.walk_tb(error.__traceback__)])
-    return next(((frame.f_code.co_filename, line) for frame, line in frames if _runs_own(frame)), None)
+    return next(((frame.f_code.co_filename, line) for frame, line in reversed([*own_frames(error)])), None)
 
 
 def import_hint(error: BaseException) -> str:
@@ -159,18 +156,6 @@ def _missing(error: BaseException) -> str:
     """The name of the module of an `ImportError`; empty for any other error, or if it has none."""
     name = _read(error, "name") if isinstance(error, ImportError) else None
     return name if isinstance(name, str) else ""
-
-
-def _is_own(file: str) -> bool:
-    is_file = file[:1] != "<" and "-packages" not in file and not Path(file).is_relative_to(STANDARD_LIBRARY)
-    return is_file or file == TRAVELLED
-
-
-def _runs_own(frame: FrameType) -> bool:
-    """By name, Ternbus is known wherever its source lies, also where it is installed as editable."""
-    spec = frame.f_globals.get("__spec__")  # the name of a module that runs as a program is `__main__`
-    top = str(getattr(spec, "name", frame.f_globals.get("__name__", ""))).partition(".")[0]
-    return top != task_folder.OURS and _is_own(frame.f_code.co_filename)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +293,7 @@ class _Reference:
 
 
 def _refuse_our_name(folder: Path, module: str) -> None:
-    if module == task_folder.OURS and (folder / f"{module}.py").exists():
+    if module == OURS and (folder / f"{module}.py").exists():
         raise ConfigError(f"{folder / module}.py: {module} is the name of this library: rename the file")
 
 
