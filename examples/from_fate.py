@@ -4,7 +4,7 @@ DIR has CIFAR-10, as the task cifar10-cnn takes it; without it the digits of the
 docs/coming-from.md has the same in FATE's words.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -15,7 +15,10 @@ from ternbus.edge import per_sample
 from ternbus.edge.tasks import cifar10_cnn, digits
 from ternbus.lab import Federation, iid
 
-folder = Path(sys.argv[2]) if sys.argv[1:2] == ["--data"] else None
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--data", metavar="DIR", type=Path)
+folder = parser.parse_args().data
+
 task = digits.TASK if folder is None else cifar10_cnn.TASK
 channels, size, edge = (1, 8, 1) if folder is None else (3, 32, 4)
 

@@ -3,10 +3,14 @@
 docs/coming-from.md has the same in SecretFlow's words.
 """
 
+import argparse
+
 from torch import nn
 
 from ternbus.edge.tasks.digits_data import load
 from ternbus.lab import Federation
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 images, labels = load("train")
 fed = Federation(

@@ -4,7 +4,7 @@ DIR has MNIST with its writers, as the task mnist-by-writer takes it; without it
 docs/coming-from.md has the same in TensorFlow Federated's words.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,10 @@ from torch import nn
 from ternbus.edge.tasks import digits, mnist_by_writer
 from ternbus.lab import Federation
 
-folder = Path(sys.argv[2]) if sys.argv[1:2] == ["--data"] else None
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--data", metavar="DIR", type=Path)
+folder = parser.parse_args().data
+
 source = digits if folder is None else mnist_by_writer
 images, labels = source.data(folder, "train")
 writers = np.arange(len(labels)) % 5 if folder is None else mnist_by_writer.owners(folder)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ternbus.edge import Tensors
 from ternbus.edge.tasks.digits_data import load
-from ternbus.lab import Federation, Job, Update, shards
+from ternbus.lab import Federation, Job, Update, dirichlet
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -75,7 +75,7 @@ def main(versions: int = 20) -> None:
     fed = Federation(
         lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
         data=load("train"),
-        partition=shards(2, 8),
+        partition=dirichlet(0.3, 8),  # from 93 to 311 samples, so from 15 to 50 steps: what FedNova is for
         test=load("test"),
         plan={"local_epochs": 5, "learning_rate": 0.05, "momentum": 0.0, "codec": "float32"},
     )

@@ -8,7 +8,7 @@
 The last command tests the model that the federation made.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,10 @@ TASK = SklearnTask(
 )
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        classifier = TASK.fitted(load_file(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Test a model that a federation made, or train one here.")
+    parser.add_argument("model", metavar="model.safetensors", nargs="?", type=Path)
+    if (model := parser.parse_args().model) is not None:
+        classifier = TASK.fitted(load_file(model))
     else:
         classifier = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.05).fit(*data(None, "train"))
     print(f"accuracy {classifier.score(*data(None, 'test')):.3f}")

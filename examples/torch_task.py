@@ -3,7 +3,8 @@
 FOLDER has digits.csv.gz: a row for each image, with 8 x 8 pixels from 0 to 16 and the digit.
 """
 
-import sys
+import argparse
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from ternbus.edge import TorchTask
 
-FOLDER = Path(__file__).parent.parent / "edge_client" / "ternbus" / "edge" / "tasks"
+FOLDER = Path(str(files("ternbus.edge"))) / "tasks"  # the digits that come with Ternbus
 
 
 def model() -> nn.Module:
@@ -58,4 +59,7 @@ def main(folder: Path = FOLDER, epochs: int = 10) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else FOLDER, int(sys.argv[2]) if sys.argv[2:] else 10)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=FOLDER)
+    parser.add_argument("epochs", metavar="EPOCHS", nargs="?", type=int, default=10)
+    main(**vars(parser.parse_args()))

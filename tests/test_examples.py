@@ -53,6 +53,38 @@ def test_the_plain_script_and_the_task_run_alone_and_learn() -> None:
         assert float(ran.stdout.split()[1]) > 0.85
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["plain_torch", "torch_task", "sklearn_task", "from_tff", "from_fate", "from_secretflow"]
+)
+def test_an_example_knows_its_options_and_needs_no_folder_around_it(name: str, tmp_path: Path) -> None:
+    script = tmp_path / f"{name}.py"
+    script.write_bytes((EXAMPLES / script.name).read_bytes())
+
+    def ran(option: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), option]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    shown = ran("--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"usage: {name}.py [-h]")
+    assert "accuracy" not in shown.stdout  # nothing was trained
+    refused = ran("--data")
+    assert refused.returncode == 2
+    takes_data = name in ("from_tff", "from_fate")
+    says = "argument --data: expected one argument" if takes_data else "unrecognized arguments: --data"
+    assert refused.stderr.endswith(f"{name}.py: error: {says}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain_torch", "torch_task"])
+def test_a_copy_of_a_script_finds_the_digits_that_come_with_ternbus(name: str, tmp_path: Path) -> None:
+    script = tmp_path / f"{name}.py"
+    script.write_bytes((EXAMPLES / script.name).read_bytes())
+    inputs, labels = runpy.run_path(str(script))["data"](None, "test")
+    assert inputs.shape == (len(labels), 1, 8, 8)
+
+
 def test_the_classifier_in_scikit_style_fits_and_predicts_without_a_federation() -> None:
     module = task_folder.import_from(EXAMPLES, "numpy_task")  # whatever was loaded as a task before
     inputs, labels = module.load("train")
