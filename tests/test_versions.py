@@ -134,8 +134,21 @@ def test_the_best_version_is_exported(bench: Bench, tmp_path: Path) -> None:
     assert "there is no tag" in refused("export", bench.directory, out, "--tag", "none")
 
 
-def test_a_better_version_that_is_no_longer_kept_is_told_of(make: Make, tmp_path: Path) -> None:
+def test_a_new_federation_keeps_its_best_version_though_nobody_asked_for_it(make: Make, tmp_path: Path) -> None:
     bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4)
+    judge = bench.join("judge", evaluator=True)
+    digests = advanced(bench, 1)
+    bench.receive(judge.topic("metrics"), judge.metrics(1, accuracy=0.9))
+    advanced(bench, 19, "other")
+    bench.receive(judge.topic("metrics"), judge.metrics(20, accuracy=0.5))
+    found = RUN.invoke(cli.app, ["export", str(bench.directory), str(tmp_path / "best.safetensors"), "--best"])
+    assert f"version 1, digest {digests[0].hex()}" in found.stdout
+    assert "was better" not in found.stderr
+    assert [path.name for path in (bench.directory / tags.FOLDER).iterdir()] == ["best-1.safetensors"]
+
+
+def test_a_better_version_that_is_no_longer_kept_is_told_of(make: Make, tmp_path: Path) -> None:
+    bench = make(merge__buffer_size=1, downlink__codec="float32", downlink__slots=4, versions__keep_best=0)
     judge, out = bench.join("judge", evaluator=True), tmp_path / "best.safetensors"
     advanced(bench, 1)
     bench.receive(judge.topic("metrics"), judge.metrics(1, accuracy=0.9))

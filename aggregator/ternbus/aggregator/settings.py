@@ -254,7 +254,9 @@ class Settings:
 
 
 # What a new federation begins with where its operator chooses nothing; a file without these keys keeps the defaults.
-NEW_HOME: Final[Mapping[str, object]] = {"merge.influence_bound": "adaptive", "plan_check.allowed_keys": ()}
+NEW_HOME: Final[Mapping[str, object]] = {
+    "merge.influence_bound": "adaptive", "plan_check.allowed_keys": (), "versions.keep_best": 1,
+}  # fmt: skip
 
 
 def new_home(chosen: Mapping[str, object]) -> dict[str, object]:

@@ -28,8 +28,9 @@ def keep(ledger: Ledger, count: int, below: int) -> None:
     worth = {version: values for version, values in known.items() if version in kept}
     judge = ""
     rows = ledger.db.execute(
-        "SELECT version, device, entries FROM metrics WHERE split = 'test' AND version >= ? ORDER BY version, device"
-        " DESC",  # so that the first by name is the last
+        # by device, as the key begins: there may be millions of metrics. The first by name is the last.
+        "SELECT version, device, entries FROM devices CROSS JOIN metrics ON device = name"
+        " WHERE split = 'test' AND version >= ? ORDER BY version, device DESC",
         (oldest,),
     )
     for version, device, entries in rows:
