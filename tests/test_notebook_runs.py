@@ -237,6 +237,13 @@ def test_early_stopping_keeps_the_best_version() -> None:
     assert mae == pytest.approx(run.versions["mae"].min(), rel=1e-4)
 
 
+def test_tensorboard_names_a_file_that_is_where_its_folder_should_be(tmp_path: Path) -> None:
+    file = tmp_path / "runs"
+    file.touch()
+    with pytest.raises(ConfigError, match=f"^TensorBoard: cannot write {file}: it is a file, not a folder"):
+        simulated(callbacks=[TensorBoard(file)])
+
+
 def test_tensorboard_has_the_metrics_of_every_version(tmp_path: Path) -> None:
     run = simulated(callbacks=[TensorBoard(tmp_path)])
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("mae")
@@ -323,6 +330,37 @@ def test_labels_that_the_model_has_no_output_for_are_of_a_client_or_of_the_test_
     )
     with pytest.raises(ConfigError, match="fails in the evaluation of version 0 on the test data: a bug in the task: "):
         simulated(Federation(scores, clients=clients, test=0.2))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (lambda: nn.Linear(3, 2), "mat1 and mat2 must have the same dtype, but got Long and Float"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)), "\"batch_norm\" not implemented for 'Long'"),
+    ],
+    ids=["linear", "batch norm"],
+)
+def test_inputs_that_are_whole_numbers_are_named_where_the_model_takes_none(model: Any, says: str) -> None:
+    inputs, labels = np.arange(30).reshape(10, 3) % 5, np.arange(10) % 2
+    with pytest.raises(ConfigError) as raised:
+        Federation(model, clients={"a": (inputs, labels)}, test=(inputs, labels)).simulate(callbacks=[])
+    hint = 'inputs are whole numbers: for a model that takes none, convert them by .astype("float32")'
+    assert f"{says}; {hint}; look at" in str(raised.value)
+
+
+def test_whole_numbers_are_no_fault_of_their_own_where_the_model_takes_them() -> None:
+    inputs, labels = np.arange(30).reshape(10, 3) % 5, np.arange(10) % 2
+    clients = {"a": (inputs, labels)}
+
+    def model(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(classes, 2))
+
+    run = Federation(lambda: model(6), clients=clients, test=(inputs, labels)).simulate(versions=1, callbacks=[])
+    assert run.version == 1
+    with pytest.raises(ConfigError) as raised:
+        Federation(lambda: model(5), clients=clients, test=(inputs, labels)).simulate(versions=1, callbacks=[])
+    assert "shapes" in str(raised.value)
+    assert "whole numbers" not in str(raised.value)
 
 
 def test_a_training_that_diverges_is_a_failure_of_the_federation_and_no_bug() -> None:

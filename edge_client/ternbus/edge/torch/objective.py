@@ -14,7 +14,7 @@ from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import Way
 from ternbus.edge.torch.batches import inputs_of, is_pair, target_key, without_targets
-from ternbus.edge.torch.tree import Tree, mapped
+from ternbus.edge.torch.tree import Tree, leaves, mapped
 
 if TYPE_CHECKING:
     from ternbus.edge.torch.torch_task import TorchTask
@@ -92,14 +92,21 @@ def called(net: nn.Module, batch: Tree) -> Tree:
             f"the model is a {type(net).__name__}, which has no forward(): give the task predict(net, batch), and for "
             "several networks loss(net, batch, plan)"
         )
-    if isinstance(batch, Mapping):
-        return net(**named_inputs(net, batch))
     if isinstance(batch, tuple | list) and not is_pair(batch):
         raise ConfigError(
             f"the data have {len(batch)} parts: nest them as (inputs, targets), or give the task its own "
             "loss(net, batch, plan) and predict(net, batch)"
         )
-    return net(inputs_of(batch))
+    named = isinstance(batch, Mapping)
+    try:
+        return net(**named_inputs(net, batch)) if named else net(inputs_of(batch))
+    except RuntimeError as error:
+        # PyTorch names the types, but not what they are of
+        is_of_type = "type" in str(error) or "not implemented for" in str(error)
+        if is_of_type and not all(map(torch.is_floating_point, leaves(without_targets(batch)))):
+            hint = 'inputs are whole numbers: for a model that takes none, convert them by .astype("float32")'
+            error.args = (f"{error}; {hint}",)
+        raise
 
 
 def named_inputs(net: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:

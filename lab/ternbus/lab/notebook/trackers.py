@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ternbus.broker.files import fault
 from ternbus.lab.notebook.callbacks import State
 from ternbus.lab.notebook.frames import library
 
@@ -10,7 +11,7 @@ from ternbus.lab.notebook.frames import library
 class TensorBoard:
     """Write the metrics of each version, by its number, to a folder for `tensorboard --logdir`.
 
-    Raises `ConfigError` if tensorboard is missing.
+    Raises `ConfigError` if tensorboard is missing, or the folder cannot be made.
     """
 
     def __init__(self, folder: Path | str = "runs") -> None:
@@ -22,7 +23,10 @@ class TensorBoard:
             library("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow, and its library is the user's
 
-            self._writer = SummaryWriter(str(self.folder))
+            try:
+                self._writer = SummaryWriter(str(self.folder))
+            except OSError as error:
+                raise fault(error, self.folder, "TensorBoard: cannot write ") from error
         for name, value in measures(state).items():
             self._writer.add_scalar(name, value, state.version)
 
