@@ -375,6 +375,7 @@ def test_keys_are_given_and_taken_beside_a_running_aggregator(tmp_path: Path, mo
         for device in (bad, good):
             agg.link.publish(device.topic("update"), device.update(float32_block(schema, 1), 0)[0])
             assert agg.receipt().outcome == "accepted"
+        assert "bud has not joined (do you mean bad?); an" in run("revoke", directory, "bud", code=2)
         assert "bad is revoked; 1 of its" in run("revoke", directory, "bad", "--reason", "stolen")
         agg.link.publish(bad.topic("status"), bad.status("idle"))
         assert ((receipt := agg.receipt()).outcome, receipt.reason) == ("revoked", "stolen")

@@ -72,15 +72,19 @@ def test_a_kernel_shows_the_lines_of_the_cells_and_the_text(tmp_path: Path) -> N
 
 
 def test_the_lines_of_an_error_are_those_of_its_causes_too() -> None:
-    with pytest.raises(ConfigError) as raised:
+    def given() -> None:
         try:
-            raise KeyError("cause")
+            _ = dict[str, int]()["cause"]
         except KeyError as error:
             raise ConfigError("give another") from error
+
+    with pytest.raises(ConfigError) as raised:
+        given()
     raised.value.add_note("a note")
     lines = raised.value._render_traceback_()
     assert [line.splitlines()[1].strip() for line in lines[:-2]] == [
+        "given()",
         'raise ConfigError("give another") from error',
-        'raise KeyError("cause")',
+        '_ = dict[str, int]()["cause"]',
     ]
     assert lines[-2:] == ["ConfigError: give another", "a note"]

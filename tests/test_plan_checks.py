@@ -342,7 +342,7 @@ def test_a_look_at_the_partition_checks_the_plan_too(tmp_path: Path) -> None:
     file.write_text('task = "digits-numpy"\n[plan]\nbatchsize = 1\n')
     done = CliRunner().invoke(lab, ["partition", str(file)])
     assert isinstance(done.exception, ConfigError)
-    assert "plan.batchsize is an unknown key: do you mean batch_size?" in str(done.exception)
+    assert f"{file} and its task: plan.batchsize is an unknown key: do you mean batch_size?" in str(done.exception)
     file.write_text(file.read_text().replace("batchsize", "batch_size"))
     assert CliRunner().invoke(lab, ["partition", str(file)]).exit_code == 0
 

@@ -149,6 +149,7 @@ def test_an_empty_file_is_the_run_without_a_file(tmp_path: Path) -> None:
         ("[end]\nrounds = 1", "unknown key 'end.rounds'"),
         ('[[fault]]\nkill = "broker"\nafter_version = 1\nwhen = 2', "unknown key 'fault.when'"),
         ("[aggregator.merge]\nbuffer = 1", "merge.buffer is unknown"),
+        ("[aggregator.merge]\nbuffer_siz = 1", "merge.buffer_siz is unknown (do you mean buffer_size?); known are "),
         ("[aggregator.plan]\nlocal_epochs = 1", "[plan]"),
         ("[aggregator]\nbuffer_size = 1", "aggregator.buffer_size is not in a section"),
         ("devices = 0", "devices is 0, but must be from 1 to 1000"),

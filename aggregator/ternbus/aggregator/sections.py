@@ -6,6 +6,7 @@ from typing import Any
 
 from ternbus.aggregator.plan_settings import is_plain
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.spelling import meant
 
 
 def key(default: Any, doc: str, *, low: float | None = None, high: float | None = None, one_of: Any = None) -> Any:
@@ -24,7 +25,7 @@ def section(kind: type, table: object, where: str, retired: Set[str] = frozenset
     known = {entry.name: entry for entry in fields(kind)}
     for name in table:
         if name not in known:
-            raise ConfigError(f"{where}.{name} is unknown; known are {', '.join(known)}")
+            raise ConfigError(f"{where}.{name} is unknown{meant(name, known)}; known are {', '.join(known)}")
     return kind(**{name: _value(known[name], value, f"{where}.{name}") for name, value in table.items()})
 
 

@@ -19,6 +19,7 @@ from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Status, Update
 from ternbus.broker.protocol.model_messages import Head, Snapshot
 from ternbus.broker.protocol.topics import TERMS
+from ternbus.broker.spelling import meant
 
 NOT_KNOWN: Final = "this aggregator does not know this key: it may have been restored from before the device joined"
 
@@ -188,7 +189,8 @@ class Enrollment:
         member = self.registry.members.get(event.device)
         if member is None:
             raise ConfigError(
-                f"{event.device} has not joined; an invitation is cancelled with `ternbus aggregator invitations`"
+                f"{event.device} has not joined{meant(event.device, self.registry.members)}; an invitation is "
+                "cancelled with `ternbus aggregator invitations`"
             )
         is_told = member.online and not member.revoked  # at once: in a paused federation it says nothing itself
         self.registry.revoke(member, event.why)

@@ -22,13 +22,13 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.arms import WIDTH
 from ternbus.broker.protocol.schema import Schema, Vector, to_tensors, to_vector
 from ternbus.broker.protocol.ternary import Block
+from ternbus.broker.spelling import refuse_unknown
 from ternbus.edge.learn.task import Evaluation, Task, Trained, Trainer
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch.torch_task import TorchTask
 from ternbus.lab.notebook.correction import Correction, corrected
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.training import Pair as Trainers
 
@@ -110,8 +110,14 @@ class Hooks:
         for name, pair in pairs.items():
             if pair is None:
                 continue
-            if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(map(callable, pair)):
-                raise ConfigError(f"{name} is {pair!r}: give a pair of functions, (init, apply)")
+            if not _is_pair(pair):
+                kinds = ", ".join(type(each).__name__ for each in pair) if isinstance(pair, tuple | list) else ""
+                found = f"a {type(pair).__name__}{f' of {kinds}' if kinds else ''}"
+                several = isinstance(pair, tuple | list) and all(map(_is_pair, pair))
+                hint = "; give each of these pairs to its own argument, as in merge_rule, server_optimizer = fadas()"
+                raise ConfigError(
+                    f"{name} is {found}: give a pair of functions, (init, apply){hint if several else ''}"
+                )
         return cls(**pairs)
 
     @property
@@ -266,6 +272,10 @@ class _OwnTrainer:
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         return self._trainer.evaluate(tensors)
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and all(map(callable, given))
 
 
 def _parts(found: Any, count: int, hook: str) -> Any:

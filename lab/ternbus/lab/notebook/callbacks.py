@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.direction import direction_of, primary_of, sign_of
+from ternbus.broker.spelling import meant
 from ternbus.edge.plan.tensors import Tensors
-from ternbus.lab.spelling import meant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.broker.protocol.tensor_kinds import version_metadata
+from ternbus.broker.spelling import refuse_unknown
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.task import Evaluation, Task, Trainer, initial_of, placed, trainers_of
 from ternbus.edge.learn.task_loader import load_task
@@ -33,7 +34,6 @@ from ternbus.lab.notebook.workers import place_of
 from ternbus.lab.scenario.partitions import DEVICES_OF_DATA
 from ternbus.lab.scenario.resolve import resolved, settled
 from ternbus.lab.scenario.scenario import Scenario
-from ternbus.lab.spelling import refuse_unknown
 from ternbus.lab.virtual.computation import Computation
 from ternbus.lab.virtual.simulate import Simulation
 from ternbus.lab.virtual.training import InProcess, Place, Widths

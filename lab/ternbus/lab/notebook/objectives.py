@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.spelling import meant
 from ternbus.edge.learn.metric import Metric, higher, lower
 from ternbus.edge.torch.batches import is_pair
 from ternbus.edge.torch.objective import called
 from ternbus.edge.torch.tree import Tree
-from ternbus.lab.spelling import meant
 
 Function = Callable[[Any, Any], Any]
 

@@ -10,13 +10,13 @@ import numpy as np
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.spelling import refuse_unknown
 from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.end import End
 from ternbus.lab.scenario.private import Private
 from ternbus.lab.scenario.scenario import Fault, Hostile, Local, Narrow, Scenario, Speeds
 from ternbus.lab.scenario.simulated import Simulated
 from ternbus.lab.scenario.toml_table import within
-from ternbus.lab.spelling import refuse_unknown
 
 ONE: Final = {"end": End, "narrow": Narrow, "local": Local, "simulate": Simulated, "availability": Availability}
 SEVERAL: Final = {"faults": Fault, "hostile": Hostile}
@@ -68,6 +68,9 @@ def scenario_of(base: Scenario, given: Choices, names: Sequence[str], simulate: 
     refuse_unknown(given.more, [*named, *FURTHER], "simulate() has no argument")
     merge, settings = plain("merge", given.merge), plain("settings", given.settings)
     refuse_unknown(merge, MERGE, "merge has no key")
+    for name in settings:
+        if dotted := [each for each in SETTINGS if each.startswith(f"{name}.")]:
+            raise ConfigError(f"settings has no section {name!r}, but keys with a dot: {', '.join(dotted)}")
     refuse_unknown(settings, SETTINGS, "settings has no key")
     more = _of_kinds(given.more)
     versions = None if given.versions is None else whole("versions", given.versions)

@@ -223,4 +223,5 @@ def _rounded(value: Any) -> Any:
 
 def _scenario(scenario: Scenario) -> dict[str, Any]:
     values = asdict(scenario)
+    del values["source"]
     return values | {"data": None if scenario.data is None else str(scenario.data)}

@@ -22,5 +22,5 @@ def settings_of(scenario: Scenario, default_plan: Mapping[str, object], keys: Se
     check = PlanCheck.settings(TaskPlan(keys=tuple(keys)), scenario.allow_plan_keys)
     chosen = {**scenario.settings(default_plan), **check}
     table = {"federation": "lab", "broker": "mqtt://localhost"}
-    from_table(with_overrides(table, new_home(chosen)), "the scenario and its task")
+    from_table(with_overrides(table, new_home(chosen)), f"{scenario.source} and its task")
     return chosen

@@ -173,6 +173,7 @@ class Scenario:
     private: Private | None = None  # None: plain updates
     simulate: Simulated = field(default_factory=Simulated)
     availability: Availability = field(default_factory=Availability)
+    source: str = field(default="the scenario", compare=False)  # its file, for errors
 
     def __post_init__(self) -> None:
         partitions.check(self.partition)
@@ -304,7 +305,7 @@ def loads(text: str, source: str) -> Scenario:
 
 def _named(table: Mapping[str, object], source: str) -> Scenario:
     try:
-        return parse(table)
+        return replace(parse(table), source=source)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
 

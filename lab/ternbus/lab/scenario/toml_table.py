@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ternbus.broker.errors import ConfigError
-from ternbus.lab.spelling import meant
+from ternbus.broker.spelling import meant
 
 
 def within(name: str, value: float, least: float, most: float) -> None:

@@ -1,6 +1,5 @@
 """What a misspelt name may have meant."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from ternbus.broker.errors import ConfigError
@@ -8,6 +7,8 @@ from ternbus.broker.errors import ConfigError
 
 def meant(name: str, known: Iterable[str]) -> str:
     """As in " (do you mean patience?)"; empty if no known name is close."""
+    import difflib  # noqa: PLC0415 - for an error only: a device that runs has no memory for it
+
     close = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f" (do you mean {close[0]}?)" if close else ""
 
