@@ -262,6 +262,19 @@ def test_an_aggregator_takes_no_certificate_of_somebody_else(bus: BrokerDirector
     transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "pi-1"), tmp_path)
 
 
+def test_what_is_no_certificate_is_not_copied(tmp_path: Path) -> None:
+    """A link may point to what only root can read, and the copy is the service's user's."""
+    secret = tmp_path / "secret.pem"
+    write_secret(secret, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (CA, CERTIFICATE):
+        (folder / name).symlink_to(secret)
+        with pytest.raises(ConfigError, match=f"{folder / name} is no certificate in PEM"):
+            transport.in_folder(folder)
+        (folder / name).unlink()
+
+
 def test_a_helper_is_certified_under_a_name_that_is_nobody_else_s(bus: BrokerDirectory) -> None:
     issued = bus.issue("aggregator_help_pi-1", "lab")
     assert certificates.read(issued.certificate, "it").name == "aggregator_help_pi-1"

@@ -1,6 +1,8 @@
 """The health of a federation with private sums: helpers that are away or refuse, and too few devices."""
 
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
@@ -8,7 +10,8 @@ from support.set_world import World
 from ternbus.aggregator.core import events
 from ternbus.aggregator.core.health import Health
 from ternbus.aggregator.shell import administration, examination
-from ternbus.aggregator.store import control
+from ternbus.aggregator.store import control, set_rows
+from ternbus.aggregator.store.schema import DROPPED, SCHEMA_SQL
 
 
 def _health(world: World, monkeypatch: pytest.MonkeyPatch) -> Health:
@@ -81,3 +84,22 @@ def test_updates_of_too_few_devices_for_a_sum_are_held(monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "time", lambda: later)
     text = "2 updates of 2 devices wait: a version has updates of 3 devices or more (private.min)"
     assert _wrong(_health(world, monkeypatch)) == [("held", text)]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_device_that_one_helper_refuses_is_named_whenever_its_update_came(first: bool) -> None:
+    refused = [("d", DROPPED, "refused: helper h-1: not-admitted: the update of d")]
+    merged = [(device, 8, "") for device in "abc"]
+    rows = refused + merged if first else merged + refused
+    with closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA_SQL)
+        for number, (device, version, why) in enumerate(rows):
+            row = (number, device, b"k", 1, 7, b"", 0, 1, 1.0, "private", "raw", 0.0, version)
+            names = (
+                "id, device, key, seq, base, digest, staleness, samples, discount, codec, encoding, received_at, merged"
+            )
+            db.execute(f"INSERT INTO updates ({names}) VALUES ({', '.join('?' * len(row))})", row)
+            if why:
+                names = "update_id, context, header, signature, min, why"
+                db.execute(f"INSERT INTO private_updates ({names}) VALUES (?, x'', x'', x'', 3, ?)", (number, why))
+        assert set_rows.status(db)["refused"] == refused[0][2]

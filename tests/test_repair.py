@@ -169,6 +169,16 @@ def test_a_delta_that_no_device_could_be_given_again_is_found_and_made_needless(
     goes_on(home, whole.devices)
 
 
+def test_numbers_that_are_damaged_are_named_and_mended(whole: World, home: Path) -> None:
+    """No slot, from which nothing can be computed, or a head of which no end of deltas would lead."""
+    for change in ("value = 0 WHERE name = 'slots'", "value = 9000000000000 WHERE name = 'version'"):
+        copy = Path(shutil.copytree(home, home.with_name(f"copy-{len(change)}")))
+        execute(copy, f"UPDATE facts SET {change}")
+        assert any("facts" in fault for fault in check(copy).faults)
+        repair(copy)
+        goes_on(copy, whole.devices)
+
+
 def execute_script(home: Path, script: str) -> None:
     with closing(sqlite3.connect(home / LEDGER, isolation_level=None)) as db:
         db.executescript(script)

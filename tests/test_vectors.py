@@ -196,6 +196,12 @@ def test_a_delta_byte_for_byte_with_a_checksum_and_without(name: str, seq: int) 
     assert delta.xxh3 == (b"" if name else vector_xxh3(vector))
 
 
+@pytest.mark.parametrize("row", VECTORS["checksums"], ids=lambda row: str(row["elements"]))
+def test_checksums_of_short_and_long_vectors(row: dict[str, Any]) -> None:
+    vector = (np.arange(row["elements"]) % 251 - 125).astype(np.float32)
+    assert vector_xxh3(vector).hex() == row["xxh3"]
+
+
 @pytest.mark.parametrize("what", VECTORS["malformed_deltas"])
 def test_malformed_deltas_are_refused(what: str) -> None:
     frame = frames.parse(unhex("malformed_deltas", what))
@@ -396,7 +402,7 @@ def test_malformed_arms_are_refused(what: str) -> None:
 def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
-    others += " malformed_revocations metrics malformed_metrics candidate delta malformed_deltas"
+    others += " malformed_revocations metrics malformed_metrics candidate delta checksums malformed_deltas"
     others += " statistics malformed_statistics malformed_requests arms malformed_arms"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"

@@ -28,7 +28,7 @@
    ``Connected``, or ``ConnectFailed``; then ``Disconnected`` when the connection ends, each once. The core decides
    when to try again; a shell that retries by itself breaks the numbering of sessions. Tell ``Refused`` for
    each publication that the broker refuses, or that is too large for it, and ``Published`` for each acknowledged one
-   whose topic is in ``awaited``; without them what the broker drops goes unnoticed.
+   whose topic is in ``awaited``; without them what the broker drops goes unnoticed, and snapshots come late.
 
 7. Where an action fails, it depends on which. A ``Save`` that fails ends the process, and nothing behind it is
    performed: the next start goes on from the last commit. ``Publish``, ``RepublishRetained``, ``Subscribe`` and

@@ -107,6 +107,12 @@ def in_folder(folder: Path) -> Credentials:
         ca, certificate, key = (_text(folder / each) if (folder / each).exists() else None for each in FILES)
     if ca is None and certificate is None:
         raise ConfigError(f"{folder} has neither {CA} nor {CERTIFICATE}; `ternbus broker certificate` makes both")
+    for name, pem in ((CA, ca), (CERTIFICATE, certificate)):
+        # root may read here, for another user who will have a copy, what a link of that user's points to
+        if pem is not None and ("CERTIFICATE-----" not in pem or "PRIVATE KEY" in pem):
+            raise ConfigError(
+                f"{folder / name} is no certificate in PEM: name a folder of `ternbus broker certificate`"
+            )
     return Credentials(ca=ca, certificate=certificate, key=key, folder=folder)
 
 

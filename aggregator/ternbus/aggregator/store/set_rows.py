@@ -32,6 +32,7 @@ ASKS: Final = "asks"  # a fact: the digests of sets, by the helper that has not 
 _ONE: Final = "digest = :digest"
 _OF_DEVICE: Final = "update_id = (SELECT id FROM updates WHERE device = :device AND base = :base)"
 DAMAGED: Final = "damaged"
+NEWEST_MAX: Final = 1000  # updates that are looked at, so that a status takes no longer with a long history
 AT_HELPERS: Final = {REFUSED, HELPER_LOST, RANGE, "bad-words", "bad-length"}  # why: somebody should look
 
 
@@ -170,8 +171,9 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
 
     ``groups`` are those in no set by base, ``sets`` those in flight with the helpers that have not answered for them as
     ``waits_for``, ``dropped`` how many there were by reason. ``spoiled`` counts by device the sums out of range that it
-    was part of: whoever is in all of them sends what it must not, or a helper does. ``refused`` is why the newest
-    updates that no longer wait are in no version, if a helper refused their set or it came to no sum; else None.
+    was part of: whoever is in all of them sends what it must not, or a helper does. ``refused`` is why one of
+    the newest updates that no longer wait is in no version, if a helper refused its set or that came to no sum; else
+    None.
     """
     found = db.execute("SELECT value FROM facts WHERE name = ?", (ASKS,)).fetchone()
     unanswered = {} if found is None else json.loads(found[0])
@@ -207,9 +209,11 @@ def status(db: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _refused(db: sqlite3.Connection) -> str | None:
-    row = db.execute(
-        "SELECT coalesce(p.why, '') FROM updates u LEFT JOIN private_updates p ON p.update_id = u.id"
-        " WHERE u.merged IS NOT NULL ORDER BY u.id DESC LIMIT 1"
-    ).fetchone()
-    why = "" if row is None else str(row[0])
-    return why if why.partition(":")[0] in AT_HELPERS else None
+    """Of the newest updates those on one version, in whatever order they came."""
+    rows = db.execute(
+        "SELECT u.base, p.why FROM updates u LEFT JOIN private_updates p ON p.update_id = u.id"
+        " WHERE u.merged IS NOT NULL ORDER BY u.id DESC LIMIT ?",
+        (NEWEST_MAX,),
+    ).fetchall()
+    reasons = (str(why or "") for base, why in rows if base == rows[0][0])
+    return next((why for why in reasons if why.partition(":")[0] in AT_HELPERS), None)

@@ -26,6 +26,7 @@ WHOLE: Final = (  # tables which a start reads
 )  # fmt: skip
 UNREADABLE: Final = (CorruptError, sqlite3.Error, UnicodeError)  # what reading a damaged ledger may raise
 NAMED_MAX: Final = 3  # damaged rows in an error
+SLOTS_MAX: Final = 65_535  # `downlink.slots`
 FAULTS_MAX: Final = 1000  # of one kind, in a list
 
 
@@ -191,6 +192,8 @@ def _lost_deltas(ledger: Ledger) -> Iterator[str]:
     """
     federation, slots = ledger.fact("federation"), ledger.fact("slots")
     since, *_ = json.loads(ledger.fact("snapshot"))
+    if not 0 <= ledger.version - since <= min(slots, SLOTS_MAX):  # a damaged row says so, which is named elsewhere
+        return
     for version in range(since + 1, ledger.version + 1):
         part, parts = 0, 1
         while part < parts:
