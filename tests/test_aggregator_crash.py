@@ -228,7 +228,7 @@ class Federation(RuleBasedStateMachine):
                 assert self.highest_session < session == self.bench.ledger.fact("session")
                 self.highest_session = session
             case events.Subscribe():
-                parts = [topic for topic in action.filters if "/snapshot/" in topic]
+                parts = [topic for topic in action.filters if "/snapshot/" in topic or "/delta/" in topic]
                 pages = {each for each in action.filters if "/all/revocations/" in each}
                 own = {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
                 assert set(action.filters) - pages - set(parts) in (own, set())

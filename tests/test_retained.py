@@ -202,7 +202,7 @@ def test_a_part_that_does_not_come_back_is_named_and_published_again(make: Make,
     done = bench.tick(ASK_S)
     assert released(done) == parts
     (line,) = lines(done)
-    assert f"does not hold 1 of the {len(parts)} parts of the snapshot of version 0 ({parts[1]})" in line
+    assert f"does not hold 1 of the messages with which devices begin ({parts[1]}), though it acknowledged" in line
     assert "lower limits.frame_bytes in aggregator.toml (now 4096)" in line
     assert refusals(bench.tick(1.0)) == {"broker-dropped": 1}
     done = bench.tick(RETRY_S - 1.0)
@@ -459,6 +459,25 @@ def test_a_new_process_looks_once_whether_the_broker_holds_the_snapshot(make: Ma
     bench.connect()
     assert part not in asked(bench.last)
     assert follow(bench.retained, bench.identity.public) == (0, bench.core.model.digest)
+
+
+def test_a_new_process_looks_for_the_deltas_too_and_gives_the_broker_those_that_it_refused(make: Make) -> None:
+    """The process that knew of the refusal ended before its next attempt. Nobody else could make a version follow."""
+    bench = make(merge__buffer_size=1, downlink__slots=8)
+    pi = bench.join("pi")
+    for version in range(2):
+        bench.send(pi, ternary_block(bench.schema, version), version)
+    older, gone = topics.delta(LAB, 1, 0), topics.delta(LAB, 2, 0)
+    bench.retained.pop(gone)
+    bench.handle(events.Refused(topic=gone, reason="Quota exceeded"))
+    bench.restart()
+    assert asked(bench.start())[-3:] == [*parts_of(bench), older, gone]
+    show(bench, *parts_of(bench), older)
+    wait(bench, ASK_S)
+    (line,) = lines(wait(bench, ASK_S))
+    assert f"does not hold 1 of the messages with which devices begin ({gone})" in line
+    assert again(wait(bench, RETRY_S)) == [gone]
+    assert follow(bench.retained, bench.identity.public) == (2, bench.head.digest)
 
 
 def test_a_snapshot_that_nobody_asked_for_is_unsubscribed_from(make: Make) -> None:

@@ -96,7 +96,7 @@ def test_a_broker_that_drops_a_part_is_named_and_given_it_again(
             expected = (
                 f"the broker refused {part}: Not authorized"
                 if says_so
-                else f"parts of the snapshot of version 0 ({part}), though it acknowledged them"
+                else f"messages with which devices begin ({part}), though it acknowledged them"
             )
             assert until(lines, expected)[-1].endswith("; it is published again")
             access.write_text(allowed)

@@ -334,7 +334,7 @@ class Core:
         self._enrollment.take_own(address.kind, event.payload, self._now)
         if address.kind == "head":
             return self._own_head(event, address) if self._versions.confirm_by is not None else []
-        if address.kind in {"snapshot", topics.TERMS}:
+        if address.kind in {"snapshot", "delta", topics.TERMS}:
             return self._retained.part_arrived(event.topic, event.payload, self._now)
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)

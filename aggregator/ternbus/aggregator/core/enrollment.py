@@ -17,7 +17,7 @@ from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol.frame import Frame, header_bytes
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import Status, Update
-from ternbus.broker.protocol.model_messages import Head, Snapshot
+from ternbus.broker.protocol.model_messages import Delta, Head, Snapshot
 from ternbus.broker.protocol.topics import TERMS
 from ternbus.broker.spelling import meant
 
@@ -57,12 +57,12 @@ class Enrollment:
     def take_own(self, kind: str, payload: bytes, now: float) -> None:
         """Count one more frame on the aggregator's own topics; ProtocolError if it is not to be read.
 
-        Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots
-        and terms: they come as fast as they are asked for, and of others few are read (`Retained`). Only a head, with
-        its plan, has a large header; it is read for a moment after a connect.
+        Without an access list anybody may write there. All of it has the rate of a device, but for parts of snapshots,
+        deltas and terms: they come as fast as they are asked for, and of others few are read (`Retained`). Only a head,
+        with its plan, has a large header; it is read for a moment after a connect.
         """
         per_s = self.settings.limits.frames_per_s
-        if kind not in {Snapshot.KIND, TERMS} and not self._own.take(now, per_s, per_s * BURST_S):
+        if kind not in {Snapshot.KIND, Delta.KIND, TERMS} and not self._own.take(now, per_s, per_s * BURST_S):
             raise ProtocolError("too-fast", f"more than {per_s} frames a second on the aggregator's own topics")
         if kind != Head.KIND and header_bytes(payload) > LARGE_HEADER_BYTES:
             raise ProtocolError("header-too-long", f"{header_bytes(payload)} bytes, in a {kind} of the aggregator")

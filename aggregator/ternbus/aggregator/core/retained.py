@@ -145,7 +145,8 @@ class Retained:
         if not self._unsure:
             return []
         self._unsure = False
-        self._to_ask = self._asked_for()
+        # deltas too: an earlier process may have ended before it gave the broker again what that had refused
+        self._to_ask = [*self._asked_for(), *self.versions.delta_topics()]
         return self._ask(now)
 
     # --- connection and time
@@ -241,6 +242,8 @@ class Retained:
         except ProtocolError:
             return False
         published = self.versions.published
+        if frame.kind == Delta.KIND:  # else that of an earlier version in the same slot
+            return bool(frame.meta.get("version", 0) > published.snapshot.version)
         return frame.seq == (published.terms_seq if frame.kind == topics.TERMS else published.snapshot_seq)
 
     # --- publishing again
@@ -273,11 +276,9 @@ class Retained:
         self._again = {}
         dropped = [topic for topic, why in self._lost.items() if why == DROPPED]
         if dropped:
-            named = self.versions.published.snapshot
             text = (
-                f"the broker does not hold {len(dropped)} of the {len(self._asked_for())} parts of the snapshot of "
-                f"version {named.version} ({dropped[0]}), though it acknowledged them, or does not let this user read "
-                "them"
+                f"the broker does not hold {len(dropped)} of the messages with which devices begin ({dropped[0]}), "
+                "though it acknowledged them, or does not let this user read them"
             )
             return self._tell("snapshot", DROPPED, text, now, len(dropped))
         if self._lost:

@@ -276,10 +276,12 @@ class Versions:
     def wanted(self) -> list[str]:
         """What a device needs to get from nothing to the head, in order."""
         wanted = self._parts_in(lambda page: topics.revocations(self.settings.federation, page))
-        wanted += [*self.terms_topics(), *self.snapshot_topics()]
-        for version in range(self.published.snapshot.version + 1, self.model.version + 1):
-            wanted += self._delta_topics(version)
-        return wanted
+        return [*wanted, *self.terms_topics(), *self.snapshot_topics(), *self.delta_topics()]
+
+    def delta_topics(self) -> list[str]:
+        """The topics of the parts of the deltas since the newest snapshot, in order."""
+        versions = range(self.published.snapshot.version + 1, self.model.version + 1)
+        return [topic for version in versions for topic in self._delta_topics(version)]
 
     def _newest_delta(self) -> list[str]:
         """The delta that a snapshot of its version makes needless, but for devices that are one version behind.
