@@ -88,3 +88,10 @@ def test_the_lines_of_an_error_are_those_of_its_causes_too() -> None:
         '_ = dict[str, int]()["cause"]',
     ]
     assert lines[-2:] == ["ConfigError: give another", "a note"]
+
+
+def test_an_error_that_is_its_own_cause_is_shown_once() -> None:
+    error = ConfigError("do this")
+    with pytest.raises(ConfigError) as raised:
+        raise error from error
+    assert raised.value._render_traceback_()[-1] == "ConfigError: do this"

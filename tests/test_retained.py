@@ -348,6 +348,20 @@ def test_a_status_that_was_refused_is_forgotten_with_its_connection(make: Make) 
     assert withheld(bench) == ""
 
 
+def test_what_is_no_longer_to_be_retained_is_no_longer_missed(make: Make) -> None:
+    """Such as a part of terms, of which newer ones have fewer: nothing is published again, and nothing stays named."""
+    bench = make()
+    bench.join("pi")
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    bench.revoke("pi")
+    (page,) = [topic for topic in bench.retained if "/revocations/" in topic]
+    bench.handle(events.Refused(topic=page, reason="Quota exceeded"))
+    bench.core.published.sizes.pop(page)
+    assert lines(wait(bench, RETRY_S)) == ["the broker holds all retained messages again"]
+    assert withheld(bench) == ""
+
+
 def test_a_list_of_revocations_that_was_refused_is_given_again_behind_a_snapshot(make: Make) -> None:
     """A newer snapshot takes the place of an older one, and not of the list."""
     bench = make(merge__buffer_size=1, downlink__slots=1)
@@ -478,6 +492,15 @@ def test_a_new_process_looks_for_the_deltas_too_and_gives_the_broker_those_that_
     assert f"does not hold 1 of the messages with which devices begin ({gone})" in line
     assert again(wait(bench, RETRY_S)) == [gone]
     assert follow(bench.retained, bench.identity.public) == (2, bench.head.digest)
+    bench.retained.pop(gone)  # the broker acknowledges it and has it not, as before
+    assert lines(acknowledge(bench, gone)) == []
+    assert asked(bench.last) == [gone]
+    wait(bench, ASK_S)
+    wait(bench, ASK_S)
+    assert withheld(bench).startswith(gone)
+    assert again(wait(bench, 2 * RETRY_S)) == [gone]
+    acknowledge(bench, gone)
+    assert lines(show(bench, gone)) == ["the broker holds all retained messages again"]
 
 
 def test_a_snapshot_that_nobody_asked_for_is_unsubscribed_from(make: Make) -> None:

@@ -21,7 +21,7 @@ class FederationError(Exception):
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: the lines of the user's own code, then the text. Ours help nobody to correct it."""
         causes: list[BaseException] = [self]
-        while (cause := causes[-1].__cause__) is not None:
+        while (cause := causes[-1].__cause__) is not None and cause not in causes:  # somebody may raise one from itself
             causes.append(cause)
         lines = StackSummary.extract(chain.from_iterable(map(own_frames, causes))).format()
         return [*map(str.rstrip, lines), f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]

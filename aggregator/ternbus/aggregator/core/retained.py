@@ -256,10 +256,15 @@ class Retained:
     def _retry(self, now: float) -> list[Action]:
         """Publish again what the broker lost, unless something newer has taken its place."""
         self._attempts += 1
-        lost, self._again, self._lost, self._retry_at = self._lost, self._lost, {}, None
+        lost = {topic: self._lost[topic] for topic in self._current() if topic in self._lost}
+        self._again, self._lost, self._retry_at = lost, {}, None
+        if not lost:
+            return self._conclude(now)
         head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
-        self.awaited, self._silent_at = {topic for topic in self._current() if topic in lost}, now + ACKNOWLEDGE_S
+        self.awaited, self._silent_at = set(lost), now + ACKNOWLEDGE_S
         self._to_ask = [topic for topic in self._asked_for() if topic in lost]
+        # an acknowledgement says little of a delta that was acknowledged before
+        self._to_ask += [topic for topic in self.versions.delta_topics() if lost.get(topic) == DROPPED]
         frames = [topic for topic in self.versions.wanted() if topic in lost]
         actions: list[Action] = [RepublishRetained(topics=tuple(frames))] if frames else []
         if head in lost:
