@@ -427,4 +427,5 @@ def test_real_processes_end_by_an_error_too_and_report_it(tmp_path: Path) -> Non
     assert found["scenario"]["end"]["versions"] == 1_000_000 > found["versions"][-1]["version"] > 1
     assert (found["metric"], found["better"]["mae"]) == ("mae", "lower")
     assert found["local"]["metrics"]["mae"]["devices"] == found["local"]["fine_tuned"]["metrics"]["mae"]["devices"] == 4
-    assert {row["samples"] for row in found["devices"].values()} == {80}
+    # a device that is late may have sent nothing by the end
+    assert {row["samples"] for row in found["devices"].values() if row["updates"]} == {80}
