@@ -246,7 +246,7 @@ def test_search_refuses_what_is_no_space() -> None:
 def test_numbers_of_numpy_are_numbers_wherever_one_chooses_them() -> None:
     fed = federation(plan={"learning_rate": np.float32(0.5)})
     chosen = {"plan": {"local_epochs": np.int64(2)}, "merge": {"buffer_size": np.int64(2)}, "callbacks": []}
-    run = fed.simulate(versions=np.int64(1), seed=np.int64(3), **chosen)  # type: ignore[arg-type]
+    run = fed.simulate(versions=np.int64(1), seed=np.int64(3), **chosen)  # type: ignore[arg-type]  # as users give them
     assert run.version == 1
     assert run.report["scenario"]["plan"] == {"local_epochs": 2}
     table = sweep(fed, {"plan.learning_rate": np.logspace(-2, -1, 2)}, versions=1).table

@@ -258,7 +258,7 @@ class Follower:
         return ""
 
     def _is_of(self, delta: Delta, vector: Vector) -> bool:
-        """Whether the delta's digest is this vector's: by the checksum where the delta has one, in a 25th of the time.
+        """Whether the delta's digest is this vector's: by the checksum where the delta has one, which is quicker.
 
         The aggregator's signature is on both, so that the checksum need find errors only. The context of a private
         update names ``digest``: there the device believes nothing else. An aggregator could otherwise have one device
