@@ -190,3 +190,18 @@ def test_check_says_what_is_damaged_with_exit_code_1(home: Path) -> None:
     assert (done.exit_code, "counts" in done.output) == (1, True)
     as_json = json.loads(CliRunner().invoke(app, ["check", str(home), "--json"]).output)
     assert (as_json["ok"], len(as_json["faults"]) > 0) == (False, True)
+
+
+@pytest.mark.parametrize("command", ["status", "metrics", "versions"])
+def test_a_command_that_fails_at_a_damaged_row_names_it(whole: Path, tmp_path: Path, command: str) -> None:
+    """Commands that only read do not check the whole ledger first: they ended with a traceback."""
+    named = []
+    for table, column in (("facts", "value"), ("metrics", "entries")):
+        home = Path(shutil.copytree(whole, tmp_path / table))
+        with closing(sqlite3.connect(home / LEDGER, isolation_level=None)) as db:
+            cut = f"UPDATE {table} SET {column} = substr({column}, 1, length({column}) - 1)"
+            db.execute(f"{cut} WHERE {column} LIKE '{{%' OR {column} LIKE '[%'")
+        failed = CliRunner().invoke(app, [command, str(home)]).exception
+        assert failed is None or isinstance(failed, CorruptError), failed
+        named += [table] if "is not as it was written; run `ternbus aggregator check" in str(failed) else []
+    assert named, "no table was read"

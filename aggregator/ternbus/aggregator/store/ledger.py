@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,7 +66,8 @@ class Ledger:
             self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
             checksums.register(self.db)
             found = self.fact("format")
-            self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
+            with self.blaming_rows():
+                self.bodies = Bodies(path.parent / BODIES, int(self.fact("segment") or 0))
             self.vectors = Vectors(path.parent / VECTORS)
             self._updates: int | None = None  # the highest id of one, as soon as it is asked for
             self._begun = False  # another file of bodies
@@ -104,6 +106,16 @@ class Ledger:
     def naming(self) -> AbstractContextManager[None]:
         """StorageError or CorruptError, with the file's name and what to do, in place of SQLite's errors."""
         return store_format.naming(self.path, self._remedy)
+
+    @contextmanager
+    def blaming_rows(self) -> Iterator[None]:
+        """CorruptError in place of an error that a row may have caused which is not as it was written."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            for fault in chain.from_iterable(checksums.damaged(self.db, table) for table in checksums.COLUMNS):
+                raise self.corrupt(f"{fault} is not as it was written") from error
+            raise
 
     def fact(self, name: str) -> Any:
         row = self.db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
@@ -364,8 +376,8 @@ def _connect(path: Path, *, read_only: bool, untouched: bool) -> sqlite3.Connect
 
 @contextmanager
 def reading(directory: Path) -> Iterator[Ledger]:
-    """A directory's ledger beside its writer, as it is at one moment."""
-    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment():
+    """A directory's ledger beside its writer, as it is at one moment; its rows are checked where reading them fails."""
+    with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment(), ledger.blaming_rows():
         yield ledger
 
 
