@@ -12,6 +12,7 @@ import pytest
 from support.edge_processes import CODE, TASK, WITHIN_S, Server, edge, joined, reap, serving, status_of
 from support.scripted_aggregator import FEDERATION, decoded
 from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.files import read_key, write_key
 from ternbus.broker.link.link import Link
 from ternbus.broker.model_files import load_safetensors
 from ternbus.broker.protocol.identity import Identity, key_id
@@ -22,7 +23,7 @@ from ternbus.broker.server import running
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.task import halves_of
 from ternbus.edge.learn.task_loader import load_task
-from ternbus.edge.shell.directory import DeviceDirectory, Settings
+from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
 from ternbus.edge.store import outbox
 from ternbus.edge.tasks import digits_data
 
@@ -306,6 +307,21 @@ def test_joining_private_sums_to_train_without_pins_leaves_no_trace(url: str, tm
         code, said = server.until_ended(edge(*line))
         assert (code, set(server.keys)) == (0, {"pi"}), said
         assert "to train, it needs a new invitation" in said
+
+
+def test_joining_with_options_that_cannot_be_used_leaves_no_folder(server: Server, tmp_path: Path) -> None:
+    """But one that was there, as after a join that was killed, stays: its key may be enrolled."""
+    password = tmp_path / "password"
+    password.write_text("secret\n")
+    password.chmod(0o644)
+    line = ("join", server.invite(tmp_path, "pi"), tmp_path / "pi", "--task", TASK)
+    code, said = server.until_ended(edge(*line, "--password-file", password))
+    assert (code, "chmod 600" in said) == (2, True), said
+    assert not (tmp_path / "pi").exists()
+    (tmp_path / "pi").mkdir()
+    write_key(tmp_path / "pi" / KEY, bytes(32))
+    assert server.until_ended(edge(*line, "--password-file", password))[0] == 2
+    assert read_key(tmp_path / "pi" / KEY) == bytes(32)
 
 
 def test_a_private_training_that_diverges_is_seen_by_nobody(url: str, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from ternbus.edge.core.resend import Resend
 
 FIRST_RESEND_S: Final = 10.0
 NEEDS_PINS: Final = (
-    "the federation {} has private sums, and {} was given no --private: it has not joined, and its invitation is still "
-    "good; join with `--private --helper KEY`, with the key of each helper that you trust"
+    "the federation {} has private sums, and {} was given no --private: this command has sent nothing, and in the same "
+    "DIR its invitation is still good; join with `--private --helper KEY`, with the key of each helper that you trust"
 )
 
 

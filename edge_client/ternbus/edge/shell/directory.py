@@ -300,7 +300,7 @@ class DeviceDirectory:
             seed=str(seed) if seed else "",
             frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",
             username=username,
-            password_file=str(password_file.resolve()) if password_file is not None else "",
+            password_file=str(expanded(password_file).resolve()) if password_file is not None else "",
             **(_privacy(policy) if policy is not None else {}),
             **(_pins(sums) if sums is not None else {}),
             **(_bounds(limits) if limits is not None else {}),
