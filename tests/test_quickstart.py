@@ -62,10 +62,22 @@ def test_no_tls_is_refused_where_the_broker_has_it(made: Callable[[str], Path]) 
     First(model=Path("another.safetensors"), port=0).check(directory, settings, endpoint)
 
 
-def test_a_host_may_be_written_in_capitals(made: Callable[[str], Path]) -> None:
-    directory = made("mqtt://Server.Lan:1885")
+@pytest.mark.parametrize(
+    ("said", "is_in_url"),
+    [
+        ("Server.Lan", "Server.Lan"),
+        ("SERVER.lan.", "server.lan"),
+        ("localhost", "127.0.0.1"),
+        ("127.0.0.1", "LocalHost"),
+        ("0:0:0:0:0:0:0:1", "[::1]"),
+    ],
+)
+def test_a_host_may_be_spelled_in_another_way(made: Callable[[str], Path], said: str, is_in_url: str) -> None:
+    directory = made(f"mqtt://{is_in_url}:1885")
     settings = administration.load_settings(directory)
-    First(model=None, host="Server.Lan").check(directory, settings, Endpoint.parse(settings.broker))
+    First(model=None, host=said).check(directory, settings, Endpoint.parse(settings.broker))
+    with pytest.raises(ConfigError, match="--host is for the first start"):
+        First(model=None, host="127.0.0.2").check(directory, settings, Endpoint.parse(settings.broker))
 
 
 def test_without_a_model_that_can_be_read_nothing_is_made(tmp_path: Path) -> None:

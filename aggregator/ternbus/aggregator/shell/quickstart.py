@@ -16,7 +16,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.log_levels import ERROR
 from ternbus.broker.log_output import WriteLog
-from ternbus.broker.protocol.endpoint import PORTS, Endpoint, is_loopback
+from ternbus.broker.protocol.endpoint import PORTS, Endpoint, is_loopback, is_same_host
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
 
@@ -58,9 +58,10 @@ class First:
 
     def check(self, directory: Path, settings: Settings, endpoint: Endpoint) -> None:
         """Raise ConfigError where a directory that holds an aggregator has another federation or broker."""
+        host = endpoint.host if self.host is None or is_same_host(self.host, endpoint.host) else self.host
         said = [
             ("--federation", self.federation, settings.federation),
-            ("--host", self.host and self.host.lower(), endpoint.host),
+            ("--host", host, endpoint.host),
             ("--port", self.port or None, endpoint.port),
             ("--tls" if self.tls else "--no-tls", self.tls, endpoint.tls),
         ]

@@ -16,7 +16,20 @@ def is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
+
+
+def is_same_host(one: str, other: str) -> bool:
+    """Whether two names or addresses are spellings of one host, as ``localhost``, ``LOCALHOST.`` and 127.0.0.1."""
+    return _usual_spelling(one) == _usual_spelling(other)
+
+
+def _usual_spelling(host: str) -> str:
+    name = host.strip("[]").lower().removesuffix(".")
+    try:
+        return str(ip_address("127.0.0.1" if name == "localhost" else name))
+    except ValueError:
+        return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
