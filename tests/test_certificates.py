@@ -258,7 +258,12 @@ def test_an_aggregator_takes_no_certificate_of_somebody_else(bus: BrokerDirector
         with pytest.raises(ConfigError, match=f"has the certificate of {whose}, not that of aggregator-lab in lab"):
             transport.equip(tmp_path, settings, transport.in_folder(tmp_path / name), tmp_path)
     another = Authority.create("Another")  # which names clients as it likes
-    write_secret(tmp_path / "pi-1" / CA, another.pair.certificate.encode())
+    both = another.pair.certificate + (tmp_path / "pi-1" / CA).read_text()  # as while an authority is replaced
+    write_secret(tmp_path / "pi-1" / CA, both.encode())
+    with pytest.raises(ConfigError, match="has the certificate of pi-1 in federation lab"):
+        transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "pi-1"), tmp_path)
+    theirs = another.client("pi-1", "lab")
+    write_secret(tmp_path / "pi-1" / CERTIFICATE, theirs.certificate.encode())
     transport.equip(tmp_path, settings, transport.in_folder(tmp_path / "pi-1"), tmp_path)
 
 

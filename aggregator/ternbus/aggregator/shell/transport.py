@@ -125,14 +125,14 @@ def _issued(settings: Settings, name: str, home: Path) -> Credentials:
 
 def _check_owner(given: Credentials, name: str, federation: str) -> None:
     """ConfigError for a certificate of somebody else; what another authority than ours writes into one is not known."""
-    if given.ca is None or given.certificate is None:
+    if given.certificate is None:
         return
     try:
         from ternbus.broker.server import certificates  # noqa: PLC0415 - a library that only few need
     except ConfigError:  # it is not installed: nothing can be said
         return
     found = certificates.read(given.certificate, f"{given.folder}/{CERTIFICATE}")
-    is_ours = certificates.read(given.ca, f"{given.folder}/{CA}").name.startswith(f"{certificates.AUTHORITY} ")
+    is_ours = found.issuer.startswith(f"{certificates.AUTHORITY} ")  # whatever else is in its ca.pem
     if is_ours and (found.name, found.federation) != (name, federation):
         raise ConfigError(
             f"{given.folder} has the certificate of {found.name} in federation {found.federation}, not that of {name} "

@@ -41,10 +41,11 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """The subject of a certificate, its federation (empty: none) and its expiry date."""
+    """The subject of a certificate, its federation (empty: none), who issued it, and its expiry date."""
 
     name: str
     federation: str
+    issuer: str
     until: dt.datetime
 
     def days_left(self, now: dt.datetime) -> float:
@@ -62,6 +63,7 @@ def read(pem: str, source: str) -> Named:
     return Named(
         name=_first(subject, NameOID.COMMON_NAME),
         federation=_first(subject, NameOID.ORGANIZATION_NAME),
+        issuer=_first(certificate.issuer, NameOID.COMMON_NAME),
         until=certificate.not_valid_after_utc,
     )
 
