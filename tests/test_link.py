@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -522,6 +523,25 @@ def test_silence_is_explained(error: OSError, message: str) -> None:
     said = connect_errors.explain(Endpoint(host="pi.local", port=1883), error)
     assert said.startswith("cannot connect to mqtt://pi.local:1883")
     assert said.endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("code", "what", "mend"),
+    [(10, "certificate has expired", "broker renew"), (19, "self-signed", "ca.pem in the folder")],
+)
+def test_a_certificate_that_is_not_believed_is_explained(code: int, what: str, mend: str) -> None:
+    error = ssl.SSLCertVerificationError()
+    error.verify_code, error.verify_message = code, what
+    said = connect_errors.explain(Endpoint(host="pi.local", port=8883, tls=True), error)
+    assert f"not trusted ({what})" in said
+    assert mend in said
+
+
+def test_a_refused_login_names_the_options_and_the_keys_of_a_password() -> None:
+    for code in (0x86, 0x87):
+        said = connect_errors.refused(Endpoint(host="pi.local", port=8883, tls=True), "pi", code, "Not authorized")
+        assert said.startswith("the broker at mqtts://pi.local:8883 refuses 'pi': Not authorized; ")
+        assert all(word in said for word in ("--username", "--password-file", "password_file", "edge.toml"))
 
 
 @pytest.mark.parametrize(

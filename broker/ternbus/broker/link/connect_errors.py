@@ -8,6 +8,13 @@ from ternbus.broker.protocol.endpoint import Endpoint
 
 PROBE_S: Final = 2.0
 CANNOT_SERVE: Final = "the broker cannot serve now, as when its disk is full: see its log, and free space there"
+EXPIRED: Final = 10  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED
+RENEW: Final = "see whether `date` is right here; if so, run `ternbus broker renew` on the broker's machine"
+AUTHORITY: Final = "check the URL, and ca.pem in the folder of this aggregator or device: it has the broker's authority"
+LOGIN: Final = (
+    "if it asks for a password, give the right --username and --password-file, or username and password_file in "
+    "aggregator.toml or edge.toml"
+)
 RETAIN: Final = "Ternbus needs retained messages: allow them (mosquitto: retain_available true)"
 
 
@@ -22,9 +29,8 @@ def explain(endpoint: Endpoint, error: OSError) -> str:
         case TimeoutError():
             return f"{failed}: no answer in time; check the broker's URL, the network and the firewall"
         case ssl.SSLCertVerificationError():
-            return (
-                f"{failed}: the broker's certificate is not trusted ({error.verify_message}); check ca.pem and the URL"
-            )
+            mend = RENEW if error.verify_code == EXPIRED else AUTHORITY
+            return f"{failed}: the broker's certificate is not trusted ({error.verify_message}); {mend}"
         case ssl.SSLEOFError() | ConnectionResetError() if endpoint.tls:
             return f"{failed}: it ended the TLS handshake; the port is for MQTT without TLS, or {CANNOT_SERVE}"
         case ssl.SSLError() if error.reason == "WRONG_VERSION_NUMBER":
@@ -56,6 +62,8 @@ def refused(endpoint: Endpoint, client_id: str, code: int, name: str) -> str:
     match code:
         case 0x88 | 0x89 | 0x97:  # server unavailable, server busy, quota exceeded
             return f"{text}; {CANNOT_SERVE}"
+        case 0x86 | 0x87:  # bad user name or password, not authorized
+            return f"{text}; {LOGIN}"
         case 0x9A:
             return f"{text}; {RETAIN}"
         case _:
