@@ -1,11 +1,13 @@
 """`ternbus aggregator repair`: a damaged folder goes on from its last sound version, and names what it lost."""
 
+import json
 import random
 import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -280,3 +282,25 @@ def test_after_any_flip_it_goes_on_or_says_to_restore(whole: World, home: Path, 
         assert bench.handle(events.StopRequested())
         bench.close()
     assert repaired > FLIPS // 20  # most hit what no row uses
+
+
+def test_a_script_reads_what_backup_repair_and_restore_did(home: Path, tmp_path: Path) -> None:
+    def printed(*words: object) -> Any:
+        done = CliRunner().invoke(app, [*map(str, words), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)
+
+    made = printed("backup", home, tmp_path / "out")
+    assert (made["version"], made["removed"], made["lacks"]) == (6, [], [])
+    assert check(Path(made["path"])).faults == ()
+    assert printed("repair", home) == {"version": 6, "aside": None, "done": [], "lost": []}
+    back = printed("restore", made["path"], home, "--force")
+    assert back["version"] >= 2**32
+    assert Path(back["aside"]).is_dir()
+    assert printed("restored", home)["version"] > back["version"]
+
+
+def test_a_lost_key_is_named_with_what_helps(home: Path) -> None:
+    (home / "aggregator.key").unlink()
+    with pytest.raises(ConfigError, match=r"aggregator\.key: No such file or directory; restore it from a backup"):
+        repairing.repair(home)

@@ -1,6 +1,7 @@
 """`ternbus aggregator status`: the health first, one line and an exit code for monitors, JSON for programs."""
 
 import json
+import time
 from collections.abc import Callable
 
 import pytest
@@ -87,3 +88,11 @@ def test_ages_are_for_people() -> None:
     assert [health_text.age(each) for each in (0, 0.4, 119, 120, 7199, 7200, 172_799, 172_800)] == [
         "0 s", "less than 1 s", "119 s", "2 min", "120 min", "2 h", "48 h", "2 days",
     ]  # fmt: skip
+
+
+def test_a_clock_that_went_back_gives_no_negative_ages(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make(merge__buffer_size=1)
+    bench.send(bench.join("pi"), ternary_block(bench.schema, 1), 0)
+    monkeypatch.setattr(time, "time", lambda: bench.now - 900.0)
+    said = RUN.invoke(cli.app, ["status", str(bench.directory)]).stdout
+    assert "last version: 1, 15 min ahead of this machine's clock (" in said

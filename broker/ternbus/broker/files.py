@@ -217,6 +217,10 @@ def read_key(path: Path) -> bytes:
         seed = bytes.fromhex(read_secret(path).decode("ascii").strip())
     except ValueError:
         seed = b""
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ConfigError(f"{error}; restore it from a backup") from error
+        raise
     if len(seed) != KEY_BYTES:
         raise ConfigError(f"{path} is not a key file (64 hex digits); restore it from a backup")
     return seed

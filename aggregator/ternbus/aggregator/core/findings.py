@@ -32,7 +32,10 @@ class Finding:
 
 
 def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """The number with its noun: `1 entry`, `2 entries`."""
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun.removesuffix('ry')}ries" if noun.endswith("ry") else f"{count} {noun}s"
 
 
 def unmerged(count: int, of: str = "") -> str:

@@ -56,7 +56,9 @@ def _process(health: Health, now: float, broker: str) -> str:
 
 def _version(health: Health, now: float) -> str:
     often = "" if health.usual_s is None else f", usually one every {age(health.usual_s)}"
-    return f"last version: {health.version}, {age(now - health.made_at)} ago ({moment(health.made_at)}){often}"
+    past = now - health.made_at
+    made = f"{age(past)} ago" if past >= 0 else f"{age(-past)} ahead of this machine's clock"
+    return f"last version: {health.version}, {made} ({moment(health.made_at)}){often}"
 
 
 def _waiting(health: Health) -> list[str]:

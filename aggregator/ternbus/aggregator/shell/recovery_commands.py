@@ -26,6 +26,7 @@ def backup(
         int | None,
         typer.Option(metavar="N", min=1, help="Keep the N newest backups of this aggregator. [default: all]"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy DIR to OUT/FEDERATION-TIME, beside a running process, and check the copy.
 
@@ -35,12 +36,15 @@ def backup(
     Example: ternbus aggregator backup agg /backups --keep 14
     """
     made = backups.backup(directory, out, keep, software())
-    for path in made.removed:
-        typer.echo(f"removed {path}")
-    typer.echo(f"{made.path}: version {made.version}, {made.size_bytes / 1e6:.1f} MB, checked")
-    for path in made.elsewhere:
-        typer.echo(f"not in it: {path}, which aggregator.toml names; back it up too")
-    typer.echo("it holds the aggregator's keys: keep it as secret as the folder itself")
+    if as_json:
+        _print(path=made.path, version=made.version, bytes=made.size_bytes, removed=made.removed, lacks=made.elsewhere)
+    else:
+        for path in made.removed:
+            typer.echo(f"removed {path}")
+        typer.echo(f"{made.path}: version {made.version}, {made.size_bytes / 1e6:.1f} MB, checked")
+        for path in made.elsewhere:
+            typer.echo(f"not in it: {path}, which aggregator.toml names; back it up too")
+        typer.echo("it holds the aggregator's keys: keep it as secret as the folder itself")
     for fault in made.faults:
         typer.echo(f"ternbus: {fault}", err=True)
 
@@ -68,7 +72,7 @@ def check(
     else:
         typer.echo(
             f"{directory} is sound: {found.federation} at version {found.version}, "
-            f"{found.updates} updates in {found.log_entries} entries of the log"
+            f"{counted(found.updates, 'update')} in {counted(found.log_entries, 'entry')} of the log"
         )
     if found.faults:
         raise typer.Exit(EXIT_FAILED)
@@ -78,6 +82,7 @@ def restore(
     source: Annotated[Path, typer.Argument(metavar="BACKUP", help="Folder that `ternbus aggregator backup` made.")],
     directory: DirAsRoot,
     force: Annotated[bool, typer.Option("--force", help="Replace a DIR with newer state.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put BACKUP in the place of DIR. Versions continue at least 2^32 higher, above all that devices know.
 
@@ -87,10 +92,10 @@ def restore(
     Example: ternbus aggregator restore /backups/lab-20260314T031500Z agg
     """
     done = restoring.restore(source, directory, software(), force=force)
-    _tell(directory, done)
+    _tell(directory, done, as_json)
 
 
-def restored(directory: Dir) -> None:
+def restored(directory: Dir, as_json: AsJson = False) -> None:
     """Mark DIR as put back by hand from a backup, before the next `run`.
 
     Devices refuse anything older than what they have seen. Versions therefore continue at least 2^32 higher. Lists of
@@ -98,10 +103,18 @@ def restored(directory: Dir) -> None:
 
     Example: ternbus aggregator restored agg
     """
-    _tell(directory, restoring.restored(directory, software()))
+    _tell(directory, restoring.restored(directory, software()), as_json)
 
 
-def _tell(directory: Path, done: restoring.Restored) -> None:
+def _print(**facts: object) -> None:
+    """One JSON object; a path is text, and a tuple an array."""
+    typer.echo(json.dumps(facts, default=str))
+
+
+def _tell(directory: Path, done: restoring.Restored, as_json: bool) -> None:
+    if as_json:
+        _print(version=done.version, aside=done.aside, lists=done.lists, revoked=done.revoked)
+        return
     typer.echo(f"{directory} continues at version {done.version}")
     if done.aside is not None:
         typer.echo(f"what was there is kept in {done.aside}")
@@ -113,7 +126,7 @@ def _tell(directory: Path, done: restoring.Restored) -> None:
         typer.echo(f"revoked after the backup, and again: {', '.join(done.revoked)}")
 
 
-def repair(directory: Dir) -> None:
+def repair(directory: Dir, as_json: AsJson = False) -> None:
     """Go on from what is sound in a damaged DIR, and name what is lost. What was there is kept in a folder within it.
 
     A damaged snapshot is made anew from the one before and the deltas, and nothing is lost. Otherwise the federation
@@ -122,6 +135,9 @@ def repair(directory: Dir) -> None:
     Example: ternbus aggregator repair agg
     """
     done = repairing.repair(directory)
+    if as_json:
+        _print(version=done.version, aside=done.aside, done=done.done, lost=done.lost)
+        return
     if done.aside is None:
         typer.echo(f"{directory} is sound at version {done.version}: nothing was changed")
         return
