@@ -64,6 +64,23 @@ def test_what_sqlite_says_is_a_fault_of_the_disk_or_a_corrupt_store(
         assert complaint(error) == (str(error), exit_code)
 
 
+def test_a_store_on_a_full_disk_says_so_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite says `disk I/O error` where it cannot make the file that it shares with other processes."""
+    path, shared = tmp_path / "store.sqlite", sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE)
+    assert path_errors.MAKE_ROOM not in str(unreadable(path, shared))
+    assert str(unreadable(path, sqlite_error(sqlite3.SQLITE_FULL))).endswith(f"; {path_errors.MAKE_ROOM}")
+    monkeypatch.setattr(files, "ROOM_BYTES", 1 << 62)
+    assert str(unreadable(path, shared)).endswith(f"what SQLite says: the disk is full; {path_errors.MAKE_ROOM}")
+
+
+def test_a_model_that_does_not_fit_is_a_fault_of_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with no_file_larger_than(4000), pytest.raises(StorageError, match=f"^cannot write {path}: ") as raised:
+        save_safetensors(path, {"w": np.zeros(10_000, np.float32)}, {})
+    assert complaint(raised.value) == (str(raised.value), 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN])
 def test_a_store_on_a_read_only_file_system_is_named_with_what_to_do(
     tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch

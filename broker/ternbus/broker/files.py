@@ -20,6 +20,7 @@ from ternbus.broker.path_errors import sentence
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
 LOOK_EVERY_S: Final = 0.02  # between attempts to take a lock
+ROOM_BYTES: Final = 1 << 16  # SQLite's smallest file beside a store has half of that
 
 
 def chunks(path: Path) -> Iterator[bytes]:
@@ -111,6 +112,12 @@ def fault(error: OSError, path: Path, what: str = "") -> ConfigError | StorageEr
 def is_read_only(folder: Path) -> bool:
     """Whether the folder's file system is mounted for reading only, as a failing disk ends up."""
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the folder's file system has no room for a small file."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize < ROOM_BYTES
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,8 @@
 """Models in safetensors files: read as float32 tensors, and written atomically."""
 
 import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +73,9 @@ def save_safetensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]],
             _sort_metadata(Path(partial))
     except OSError as error:
         raise fault(error, path, "cannot write ") from error
-    except SafetensorError as error:
+    except SafetensorError as error:  # which has the system's error in its text alone
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+            raise fault(OSError(int(number[1]), os.strerror(int(number[1]))), path, "cannot write ") from error
         raise ConfigError(f"cannot write {path}: {error}") from error
 
 

@@ -11,6 +11,7 @@ WRITES: Final = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what c
 WRITABLE_AGAIN: Final = (
     "if it was writable before, look at dmesg for errors of the disk, check it with fsck, and mount it for writing"
 )
+MAKE_ROOM: Final = "make room or choose another disk"
 ON_THE_WAY: Final = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -32,7 +33,7 @@ def _reason(error: OSError, path: Path) -> str:
     if error.errno == errno.EROFS:
         return f"{said}; choose another place; {WRITABLE_AGAIN}"
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return f"{said}; make room or choose another disk"
+        return f"{said}; {MAKE_ROOM}"
     if error.errno == errno.EISDIR and path.is_dir():
         return "it is a folder, not a file; give the path of a file"
     if error.errno in ON_THE_WAY:

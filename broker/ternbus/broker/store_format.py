@@ -148,6 +148,10 @@ def _fault(path: Path, error: sqlite3.Error, text: str) -> StorageError | Config
         return StorageError(f"{text}, since the file system is read-only; {path_errors.WRITABLE_AGAIN}")
     if code in NO_ACCESS and not _is_permitted(path):
         return ConfigError(f"{text}; check the permissions of the file and of its folder")
+    if code == sqlite3.SQLITE_FULL:
+        return StorageError(f"{text}; {path_errors.MAKE_ROOM}")
+    if code == sqlite3.SQLITE_IOERR and files.is_full(path.parent):  # as where it cannot make its `-shm` file
+        return StorageError(f"{text}: the disk is full; {path_errors.MAKE_ROOM}")
     return StorageError(text) if code in FAULTS else None
 
 
