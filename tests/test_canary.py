@@ -439,7 +439,7 @@ def test_a_rollback_withdraws_the_candidate(world: World) -> None:
     world.train()
     event = events.RollbackRequested(to=0, vector=bench.ledger.vector(0), request=7)
     actions = bench.handle(event)
-    assert "2 updates that waited are dropped" in next(each.text for each in actions if isinstance(each, events.Log))
+    assert "2 waiting updates dropped" in next(each.text for each in actions if isinstance(each, events.Log))
     assert bench.ledger.fact(candidate_rows.CANDIDATE) is None
     assert bench.core._merging.canary.candidate is None
     bench.restart()

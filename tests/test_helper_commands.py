@@ -215,7 +215,7 @@ def test_status_and_log_show_what_the_helper_did(helper: Any, tmp_path: Path) ->
     (entry,) = helper("log", folder, "--json").out.splitlines()
     assert json.loads(entry)["set"] == asked.digest.hex()
     assert "pi-1 pi-2" in helper("log", folder).out
-    assert helper("log", folder, "--out", tmp_path / "out").out.endswith("out: 1 sets\n")
+    assert helper("log", folder, "--out", tmp_path / "out").out.endswith("out: 1 set\n")
     line = json.loads((tmp_path / "out").read_text())
     public = HelperDirectory(folder).identity().public
     assert [each.base for each in checked([bytes.fromhex(line["signed"])], public)] == [line["base"]]

@@ -139,9 +139,7 @@ def test_updates_that_wait_are_dropped_and_never_merged(make: Make) -> None:
     actions = bench.handle(event)
     assert saved(actions, records.RequestDone) == [records.RequestDone(request=7)]
     (line,) = [action for action in actions if isinstance(action, events.Log)]
-    assert (
-        line.text == "version 6 is version 0 again: versions up to 1 are withdrawn, 1 updates that waited are dropped"
-    )
+    assert line.text == "version 6 is version 0 again: versions up to 1 are withdrawn, 1 waiting update dropped"
     found = statuses.read(bench.directory)
     assert (found["buffer"], found["counts"]["dropped"], found["devices"]["pi"]["waits"]) == (0, 1, False)
     assert bench.core.registry.members["pi"].waiting_bytes == 0

@@ -18,6 +18,7 @@ from ternbus.aggregator.merge.model import Prepared
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.log_levels import WARNING
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import direction_of, primary_of, sign_of
 from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.merge_log import REASON_BYTES_MAX, DroppedUpdate, PrivateMember
@@ -136,7 +137,7 @@ class Canary:
             version=merged.version, digest=merged.digest, codec=merged.block.codec, encoding=encoding, body=body
         )
         names = ", ".join(member.name for member in self.judges) or "nobody"
-        text = f"candidate {merged.version}, of {merged.updates} updates, is evaluated by {names}"
+        text = f"candidate {merged.version}, of {counted(merged.updates, 'update')}, is evaluated by {names}"
         fields = {"version": merged.version, "digest": merged.digest.hex(), "updates": merged.updates}
         return [Save(record=made), Log(text=text, event="candidate", fields=fields), *self._send(judged)]
 
@@ -259,5 +260,5 @@ def dropped(judged: Judged, why: str) -> list[DroppedUpdate]:
 def withdrawn_line(judged: Judged, why: str) -> Log:
     """What the operator is told."""
     version, updates = judged.version, len(judged.prepared.updates)
-    text = f"candidate {version} is withdrawn, its {updates} updates are dropped: {why}"
+    text = f"candidate {version} is withdrawn, {counted(updates, 'update')} dropped: {why}"
     return Log(text=text, level=WARNING, event="withdrawn", fields={"version": version, "updates": updates, "why": why})

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from ternbus.aggregator.core.findings import Finding, Level, counted
+from ternbus.aggregator.core.findings import Finding, Level
 from ternbus.aggregator.core.health_view import DeviceView, View
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.messages import OPEN
 
 IN_A_ROW: Final = 3  # refused updates without an accepted one: it is no accident

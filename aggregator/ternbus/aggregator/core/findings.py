@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from ternbus.broker.plural import counted
+
 NAMES_MAX: Final = 3
 
 
@@ -29,13 +31,6 @@ class Finding:
     @property
     def sentence(self) -> str:
         return f"{self.subject} {self.text}" if self.subject else self.text
-
-
-def counted(count: int, noun: str) -> str:
-    """The number with its noun: `1 entry`, `2 entries`."""
-    if count == 1:
-        return f"{count} {noun}"
-    return f"{count} {noun.removesuffix('ry')}ries" if noun.endswith("ry") else f"{count} {noun}s"
 
 
 def unmerged(count: int, of: str = "") -> str:

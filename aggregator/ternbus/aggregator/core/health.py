@@ -9,8 +9,9 @@ from enum import IntEnum
 from typing import Any, Final
 
 from ternbus.aggregator.core import device_health, disk_guard
-from ternbus.aggregator.core.findings import Finding, Level, counted, of_devices
+from ternbus.aggregator.core.findings import Finding, Level, of_devices
 from ternbus.aggregator.core.health_view import Certificate, View
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.messages import CLOSED, OPEN
 
 LOST_S: Final = 30.0  # without a connection for so long: down; a broker that restarts is back before

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ternbus.aggregator.core.canary import Canary, Judged, dropped, withdrawn_line
 from ternbus.aggregator.core.events import Action, Log
-from ternbus.aggregator.core.findings import counted, unmerged
+from ternbus.aggregator.core.findings import unmerged
 from ternbus.aggregator.core.log_lines import VERSIONS_PER_MINUTE, made_in, version_line
 from ternbus.aggregator.core.merge_trigger import MergeTrigger
 from ternbus.aggregator.core.rate_limit import LogLimit
@@ -17,6 +17,7 @@ from ternbus.aggregator.merge.influence import Influence
 from ternbus.aggregator.merge.model import Model
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.log_levels import WARNING
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.messages import CLOSED
 
 

@@ -18,6 +18,7 @@ from ternbus.aggregator.core.revocations import Revocations
 from ternbus.aggregator.core.statistics import FederatedStatistics
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.log_levels import WARNING
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.merge_log import OTHER_MODEL
 
 Asked = CancelRequested | RevokeRequested | RollbackRequested | StatisticsRequested
@@ -75,7 +76,7 @@ class Requests:
         actions = versions.roll_back(event.vector, event.to)
         what = "the model of a file" if event.to == OTHER_MODEL else f"version {event.to} again"
         text = f"version {versions.model.version} is {what}: versions up to {newest} are withdrawn"
-        text += f", {dropped} updates that waited are dropped" if dropped else ""
+        text += f", {counted(dropped, 'waiting update')} dropped" if dropped else ""
         fields = {
             "version": versions.model.version,
             "to": event.to,

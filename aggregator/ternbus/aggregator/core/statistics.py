@@ -16,6 +16,7 @@ from ternbus.aggregator.core.validation import Verdict
 from ternbus.aggregator.core.versions import Versions
 from ternbus.aggregator.merge.pooled import Pooled
 from ternbus.broker.errors import ConfigError, ProtocolError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.frame import HEADER_BYTES_MAX, Frame
 from ternbus.broker.protocol.statistics import (
@@ -144,7 +145,8 @@ class FederatedStatistics:
             return []
         self.due, self.state.is_open, self.versions.asked = None, False, None
         counts = sum(outcome == ANSWERED for outcome in self.state.outcomes.values())
-        text = f"the request for statistics has ended: {counts} answers, {len(self.state.outcomes) - counts} refusals"
+        refusals = counted(len(self.state.outcomes) - counts, "refusal")
+        text = f"the request for statistics has ended: {counted(counts, 'answer')}, {refusals}"
         ended = Log(text=text, event="statistics-ended", fields={"answered": counts})
         return [Save(record=records.StatisticsEnded()), *self.versions.renew_head(), ended]
 

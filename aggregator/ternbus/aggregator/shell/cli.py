@@ -50,6 +50,7 @@ from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
 from ternbus.broker.plain_help import command_group
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
@@ -136,8 +137,8 @@ def init(
         kinds=first.kinds,
         credentials=credentials,
     )
-    elements = sum(array.size for array in first.tensors.values())
-    typer.echo(f"{directory}: federation {federation!r}, {len(first.tensors)} tensors, {elements:,} parameters")
+    tensors, elements = counted(len(first.tensors), "tensor"), sum(array.size for array in first.tensors.values())
+    typer.echo(f"{directory}: federation {federation!r}, {tensors}, {elements:,} parameters")
     invited = "--helper NAME" if private else "DEVICE"
     typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} {invited}")
 

@@ -3,8 +3,9 @@
 import time
 from typing import Final
 
-from ternbus.aggregator.core.findings import Finding, Level, counted, of_devices
+from ternbus.aggregator.core.findings import Finding, Level, of_devices
 from ternbus.aggregator.core.health import Health
+from ternbus.broker.plural import counted
 
 FINDINGS_MAX: Final = 12
 HOUR_S: Final = 3600.0

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.shell import log
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.plain_help import command_group
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.merge_log import Audit, Contribution, Entry, PrivateMember, Signed
 
 app = command_group("Read the log of merges: which updates are in which version, signed and chained.")
@@ -91,8 +91,8 @@ def _report(audit: Audit) -> str:
     version, digest, entry = audit.last
     each = f", {audit.size_bytes / audit.updates:.0f} an update" if audit.updates else ""
     return (
-        f"the log of {audit.federation} is as it was written: {audit.entries} entries, {audit.updates} updates, "
-        f"{audit.size_bytes} bytes{each}\n"
+        f"the log of {audit.federation} is as it was written: {counted(audit.entries, 'entry')}, "
+        f"{counted(audit.updates, 'update')}, {audit.size_bytes} bytes{each}\n"
         f"{_beginning(audit)}it ends with version {version}, digest {digest.hex()}\n"
         f"the last entry's hash, which stands for all of it: {entry.hex()}"
     )
@@ -174,7 +174,7 @@ def _member(update: Contribution | PrivateMember) -> dict[str, object]:
 
 def _table(entry: Entry, total: float) -> str:
     count = sum(1 for _ in entry.named)
-    lines = [f"version {entry.version}, digest {entry.digest.hex()}, {count} updates"]
+    lines = [f"version {entry.version}, digest {entry.digest.hex()}, {counted(count, 'update')}"]
     lines += [
         f"  {_named(each)} weight {each.weight:<12.6g} {_share(each.weight, total)}  {each.digest.hex()}"
         for each in entry.updates

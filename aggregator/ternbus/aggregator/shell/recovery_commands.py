@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.shell import administration, checking, repairing, restoring
 from ternbus.aggregator.shell import backup as backups
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.plural import counted
 from ternbus.broker.version import software
 
 

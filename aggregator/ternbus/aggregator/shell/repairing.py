@@ -26,6 +26,7 @@ from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.files import read_key
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.frame import COUNTER_MAX
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.merge_log import FIRST
@@ -149,7 +150,7 @@ def _rebuild(
         ledger.write(_leap(found, sound, settings, identity, facts, numbers=numbers))
         version = ledger.version
     gone = [row for row in found.rows["versions"] if row[0] > sound.version]
-    lost += [f"version {row[0]}, of {row[3]} updates" for row in gone]
+    lost += [f"version {row[0]}, of {counted(row[3], 'update')}" for row in gone]
     return lost[:NAMED_MAX], version
 
 

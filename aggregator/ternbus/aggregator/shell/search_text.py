@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ternbus.aggregator.core.findings import counted
+from ternbus.broker.plural import counted
 from ternbus.broker.text_table import text_table
 
 

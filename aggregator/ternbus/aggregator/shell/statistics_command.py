@@ -16,6 +16,7 @@ from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.statistics import BINS_MAX, HISTOGRAM, KINDS, LABELS, MOMENTS
 from ternbus.broker.text_table import text_table
 
@@ -175,7 +176,7 @@ def _why(outcomes: Mapping[str, str], what: str) -> dict[str, str]:
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The same for people."""
-    told = [f"{found['devices']} devices answered" + (", and some may yet" if found["open"] else "")]
+    told = [f"{counted(found['devices'], 'device')} answered" + (", and some may yet" if found["open"] else "")]
     for what in ("refused", "invalid"):
         told += [f"{what}: {name}: {why}" for name, why in found[what].items()]
     if found["unanswered"] and not found["open"]:
@@ -186,7 +187,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if not found["shown"]:
         return [*told, f"fewer than {found['min_devices']} devices have answered, so nothing is shown"]
     if found["samples"] is not None:
-        told.append(f"{found['samples']} samples")
+        told.append(counted(found["samples"], "sample"))
     if found["dp"] != "none":
         told.append(
             f'with the noise of dp = "{found["dp"]}", multiplier {found["noise"]:g}; counts are in {found["unit"]}'

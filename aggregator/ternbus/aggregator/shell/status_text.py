@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ternbus.aggregator.core import disk_guard
-from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.core.registry import EVALUATOR
 from ternbus.aggregator.shell import search_text
 from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import device_metrics
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import for_people
 from ternbus.broker.text_table import text_table
 
@@ -80,7 +80,9 @@ def _on_their_way(found: Mapping[str, Any]) -> list[str]:
     ]
     for each in found["sets"]:
         whom = f", waits for {', '.join(each['waits_for'])}" if each["waits_for"] else ""
-        lines.append(f"a set of {each['devices']} updates on version {each['base']} is {each['state']}{whom}")
+        lines.append(
+            f"a set of {counted(each['devices'], 'update')} on version {each['base']} is {each['state']}{whom}"
+        )
     if found["dropped"]:
         counts = ", ".join(f"{count} {reason}" for reason, count in found["dropped"].items())
         lines.append(f"private updates dropped so far: {counts}")

@@ -12,6 +12,7 @@ from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import tracing
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.exit_codes import EXIT_FAILED
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.frame import COUNTER_MAX
 
 
@@ -51,7 +52,7 @@ def _lines(device: str, seq: int, row: Mapping[str, Any]) -> list[str]:
         return [f"{lines[0]}; the answer was {row['outcome']}: {row['reason']}"]
     lines.append(
         f"  accepted {moment(row['accepted_at'])} on version {row['base']}, staleness {row['staleness']}, "
-        f"discount {row['discount']:.4g}, {row['samples']} samples, digest {row['digest']}"
+        f"discount {row['discount']:.4g}, {counted(row['samples'], 'sample')}, digest {row['digest']}"
     )
     if row["state"] == tracing.GONE:
         lines.append(f"  in no version: {row['reason']}")

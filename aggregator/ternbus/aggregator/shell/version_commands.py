@@ -16,6 +16,7 @@ from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.aggregator.store.ledger import reading, writing
 from ternbus.aggregator.store.tags import Tag
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.broker.text_table import text_table
 
 COUNT: Final = 32
@@ -80,7 +81,7 @@ def _table(found: Mapping[str, Any]) -> list[str]:
 def _page(row: Mapping[str, Any]) -> list[str]:
     lines = [
         f"version {row['version']}, made {moment(row['time'])}, digest {row['digest']}",
-        f"{row['updates']} updates, staleness {row['staleness_mean']:.2f}, at most {row['staleness_max']}",
+        f"{counted(row['updates'], 'update')}, staleness {row['staleness_mean']:.2f}, at most {row['staleness_max']}",
         f"norm of the change: {'not kept' if row['norm'] is None else format(row['norm'], '.4g')}",
         f"tags: {', '.join(row['tags']) or 'none'}; {'kept' if row['kept'] else 'not kept'}",
     ]

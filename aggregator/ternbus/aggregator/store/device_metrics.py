@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ternbus.broker.plural import counted
 from ternbus.broker.printable import printable
 from ternbus.broker.protocol.direction import (
     HIGHER,
@@ -181,12 +182,12 @@ def sentences(summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     lines = []
     for name in for_people(common, primary):
         row = common[name]
-        remark = f"{row['devices']} devices, {when}{'; lower is better' if row['better'] == LOWER else ''}"
+        remark = f"{counted(row['devices'], 'device')}, {when}{'; lower is better' if row['better'] == LOWER else ''}"
         lines.append((f"local {shown_name(name)}", f"{_shown(row)} ({remark})"))
     if (tuned := summary["fine_tuned"]) is not None and primary in tuned["metrics"]:
         row = tuned["metrics"][primary]
         lines += [
-            ("own models", f"{_shown(row)} ({row['devices']} devices)"),
+            ("own models", f"{_shown(row)} ({counted(row['devices'], 'device')})"),
             ("their gain", f"{_shown(row['gain'], '+')} ({row['improved']} of {row['devices']} better)"),
         ]
     return lines

@@ -19,7 +19,7 @@ class Report:
         facts = self.facts
         lines = [f"task       {self.task}"]
         if "parameters" in facts:
-            lines.append(f"model      {facts['parameters']:,} parameters in {facts['tensors']} tensors")
+            lines.append(f"model      {facts['parameters']:,} parameters in {_counted('tensor', facts['tensors'])}")
         if "training_s" in facts:
             steps, samples = _counted("step", facts["steps"]), _counted("sample", facts["samples"])
             lines.append(f"step       {1000 * float(facts['step_s']):,.1f} ms")

@@ -9,6 +9,7 @@ from ternbus.broker.errors import FederationError
 from ternbus.broker.files import is_locked
 from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Status
 from ternbus.edge.shell import agent
@@ -50,7 +51,7 @@ def _outbox(directory: Path) -> Iterator[Result]:
     except FederationError as problem:
         yield failed("outbox", str(problem))
         return
-    yield ok("outbox", f"{found.state.accepted} updates accepted, version {found.state.head_version} seen")
+    yield ok("outbox", f"{counted(found.state.accepted, 'update')} accepted, version {found.state.head_version} seen")
     if found.is_cloned:
         yield error("clone", "another machine uses this device's key", "stop both, and join each by a name of its own")
     if found.state.refusal:

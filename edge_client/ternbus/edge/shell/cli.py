@@ -17,6 +17,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.plain_help import command_group
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
@@ -283,7 +284,9 @@ def init_model(
         kinds = tensor_kinds(made, tensors)
     about = {"ternbus": f"{task}, seed {seed}", **task_plan(made).metadata(), **kinds.metadata()}
     save_safetensors(out, tensors, about)
-    typer.echo(f"{out}: {len(tensors)} tensors, {sum(tensor.size for tensor in tensors.values()):,} parameters")
+    typer.echo(
+        f"{out}: {counted(len(tensors), 'tensor')}, {sum(tensor.size for tensor in tensors.values()):,} parameters"
+    )
 
 
 app.command()(check)

@@ -9,6 +9,7 @@ import typer
 
 from ternbus.broker.errors import CorruptError, ProtocolError
 from ternbus.broker.files import replacing
+from ternbus.broker.plural import counted
 from ternbus.broker.sums.terms import OWN
 from ternbus.broker.text_table import text_table
 from ternbus.helper.core.opening_log import Opening, checked
@@ -87,7 +88,7 @@ def _waits_for(home: HelperDirectory, settings: Settings, found: Summary) -> str
     if settings.roster == OWN and found.devices < settings.min and not prepared:
         few = f"a sum has {settings.min} devices or more, and the roster {found.devices}"
         return f"you: run `ternbus helper admit {home.quoted} NAME KEY` for each device, since {few}"
-    return f"the aggregator to open or abandon {prepared} prepared sets" if prepared else None
+    return f"the aggregator to open or abandon {counted(prepared, 'prepared set')}" if prepared else None
 
 
 def roster(
@@ -147,7 +148,7 @@ def log(
     if out is not None:
         with replacing(out) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        typer.echo(f"{out}: {len(lines)} sets")
+        typer.echo(f"{out}: {counted(len(lines), 'set')}")
     elif as_json:
         for line in lines:
             typer.echo(line)
