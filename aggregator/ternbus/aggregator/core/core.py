@@ -350,7 +350,8 @@ class Core:
         self._updates.stopping = True
         error = (
             f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only "
-            f"{self.model.version}: was it restored from a backup? Then run: ternbus aggregator restored DIR"
+            f"{self.model.version}: was it restored from a backup, or its ledger.sqlite-wal lost? Then run: "
+            "ternbus aggregator restored DIR"
         )
         return [events.Stop(error=error)]
 
