@@ -76,7 +76,11 @@ def test_an_aggregator_that_does_not_run_is_an_error_with_the_command_that_start
     found = examined(directory, code=2)[str(directory)]
     assert found["keys"][0] == found["settings"][0] == "ok"
     assert found["not-running"][2] == f"start it: ternbus aggregator run {directory}"
-    assert found["broker"][0] == "error"
+    assert "no broker listens there" in found["broker"][1]
+    (directory / "broker").mkdir()  # of `aggregator up`, which starts the broker
+    found = examined(directory, code=2)[str(directory)]
+    assert found["not-running"][2] == f"start it: ternbus aggregator up {directory}"
+    assert "broker" not in found
 
 
 def test_a_key_that_others_can_read_is_an_error_with_the_command_that_mends_it() -> None:

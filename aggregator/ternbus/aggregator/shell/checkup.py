@@ -7,6 +7,7 @@ from pathlib import Path
 from ternbus.aggregator.core.findings import Level
 from ternbus.aggregator.core.registry import ACTIVE
 from ternbus.aggregator.shell import administration, examination, transport
+from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker import checkup
@@ -14,6 +15,7 @@ from ternbus.broker.checkup import Grade, Result, failed, ok, warning
 from ternbus.broker.errors import FederationError
 from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol import topics
 from ternbus.broker.version import software
 
@@ -42,7 +44,7 @@ def examine(directory: Path) -> Iterator[Result]:
         yield Result(grade=GRADES[found.level], check=found.kind, text=text, mend=mend)
     if seen.health.connected:
         yield ok("broker", f"connected to {settings.broker}")
-    elif not control.is_running(directory):
+    elif not control.is_running(directory) and start_command(directory) != "up":  # which starts the broker, too
         yield from reach(partial(transport.connect, directory, settings), topics.status(settings.federation))
     others = {
         name: row["software"]
@@ -51,5 +53,5 @@ def examine(directory: Path) -> Iterator[Result]:
     }
     if others:
         name = min(others)
-        text = f"{len(others)} devices run another version than {software()}, {name} {others[name]}"
+        text = f"{counted(len(others), 'device')} of another version than {software()}: {name} {others[name]}"
         yield warning("version", text, "install the same version everywhere")
