@@ -349,9 +349,8 @@ class Core:
             return self._versions.republish()
         self._updates.stopping = True
         error = (
-            f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only "
-            f"{self.model.version}: was it restored from a backup, or its ledger.sqlite-wal lost? Then run: "
-            "ternbus aggregator restored DIR"
+            f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only {self.model.version}"
+            ": was it restored from a backup, or its -wal file lost? Then run: ternbus aggregator restored DIR"
         )
         return [events.Stop(error=error)]
 
