@@ -162,6 +162,15 @@ def test_people_see_the_worst_tenth_and_the_median(bench: Bench) -> None:
     assert last.split()[-3:] == ["0.2500", "0.5000", "3"]
 
 
+def test_a_number_that_a_device_makes_up_does_not_tear_the_table(bench: Bench) -> None:
+    """An epsilon of 308 digits, say."""
+    pi = bench.join("pi")
+    bench.send(pi, ternary_block(bench.schema, 1), base=0, metrics={"epsilon": 1e308})
+    text = status_text(bench)
+    assert "1e+308" in text
+    assert max(map(len, text.splitlines())) < 250
+
+
 def test_names_that_look_the_same_on_a_screen_have_a_column_each(bench: Bench) -> None:
     """An evaluator chose them, and ended the operator's `status` with a traceback."""
     judge = bench.join("judge", evaluator=True)

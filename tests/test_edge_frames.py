@@ -219,3 +219,19 @@ def test_another_schema_than_the_one_joined_is_not_followed() -> None:
     other = Schema.of({"x": (9,)})
     _, device = following(state={"schema": other.encoded})
     assert only(device.actions, Stop).code == 1
+
+
+@pytest.mark.parametrize("lives", [True, False], ids=["the process lives", "it was restarted"])
+def test_a_schema_that_changes_later_is_not_followed_either(lives: bool) -> None:
+    """Its names are others and its elements as many: the device would add its residual to another model."""
+    scripted, device, _ = sending()
+    scripted.schema = Schema.of({f"other.{name}": shape for name, shape in TENSORS.items()})
+    for _ in range(scripted.slots + 1):
+        scripted.advance()
+    snapshot = scripted.new_snapshot()
+    if not lives:
+        device = device.restarted()
+        device.connect()
+    stop = only(device.arrive(scripted.status(), scripted.head(), *snapshot), Stop)
+    assert stop.code == 1
+    assert "schema" in stop.reason

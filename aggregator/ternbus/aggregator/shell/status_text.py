@@ -174,7 +174,7 @@ def device_table(found: Mapping[str, Any]) -> list[str]:
         if losses:
             cells.append(shown_value(row["loss"]))
         if private:
-            cells.append(None if row["epsilon"] is None else f"{row['epsilon']:.3f}")
+            cells.append(shown_value(row["epsilon"]))
         if metric is not None:
             own = row["local"] or {"samples": None, "metrics": {}, "gain": {}}
             cells += [own["samples"], shown_value(own["metrics"].get(metric))]

@@ -13,6 +13,7 @@ from textual.worker import get_current_worker
 from ternbus.aggregator.shell import health_text
 from ternbus.aggregator.shell.examination import Examination
 from ternbus.aggregator.shell.health_text import age
+from ternbus.aggregator.store.device_metrics import shown_value
 from ternbus.broker.errors import FederationError
 
 DEVICES_MAX: Final = 500  # that are shown, those with a finding first; a screen has less room than a federation devices
@@ -100,5 +101,4 @@ def _device(name: str, row: Mapping[str, Any], wrong: str, now: float) -> list[s
 def _version(row: Mapping[str, Any], metric: str | None, now: float) -> list[str]:
     value = row["metrics"].get(metric)
     staleness = f"{row['staleness_mean']:.2f}/{row['staleness_max']}"
-    shown = "" if value is None else f"{value:.4f}"
-    return [str(row["version"]), str(row["updates"]), staleness, shown, age(max(0.0, now - row["time"]))]
+    return [str(row["version"]), str(row["updates"]), staleness, shown_value(value), age(max(0.0, now - row["time"]))]

@@ -86,7 +86,7 @@ def one_of(meta: Mapping[str, Any], key: str, names: tuple[str, ...]) -> str:
     """The str under ``key``, one of ``names``."""
     value = text(meta, key)
     if value not in names:
-        raise ProtocolError("bad-meta", f"{key!r} is not one of {', '.join(names)}")
+        raise ProtocolError("bad-meta", f"{key!r} is not one of {', '.join(dict.fromkeys(names))}")
     return value
 
 

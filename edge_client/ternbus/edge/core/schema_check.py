@@ -1,4 +1,4 @@
-"""The check of the federation's schema, once per process: it never changes, and is that of the task's model."""
+"""The check of the federation's schema, with each snapshot: it never changes, and is that of the task's model."""
 
 from dataclasses import dataclass, replace
 
@@ -9,19 +9,24 @@ from ternbus.edge.core.profile import Profile
 
 @dataclass(slots=True, kw_only=True)
 class SchemaCheck:
-    """Whether the schema was compared, and the first one that fitted in the state."""
+    """The schema that was compared last, and the first one that fitted in the state."""
 
     profile: Profile
     pending: PendingState
-    done: bool = False
+    fitting: Schema | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether a schema was found to fit."""
+        return self.fitting is not None
 
     def fault(self, schema: Schema | None) -> str:
         """A text that says why this device cannot use the schema; empty if it can, or does not know it yet."""
-        if schema is None or self.done:
+        if schema is None or schema is self.fitting:  # each snapshot makes another object
             return ""
         if fault := self.profile.schema_fault(schema, self.pending.state.schema):
             return fault
-        self.done = True
+        self.fitting = schema
         if not self.pending.state.schema:
             self.pending.put(replace(self.pending.state, schema=schema.encoded))
         return ""
