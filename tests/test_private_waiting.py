@@ -118,3 +118,23 @@ def test_a_device_that_is_silent_for_long_is_not_waited_for() -> None:
         world.tick(10.0)
         world.settle()
     assert (world.version, len(world.entries()[-1].sets[0].members)) == (5, 3)
+
+
+def test_who_has_sent_is_given_a_version_however_long_ago_that_was() -> None:
+    """Sets are spoiled one after the other, and the devices are quick. They fall silent, as they must."""
+    world = World()
+    devices = world.begin(3)
+    world.tick(10.0)
+    for base in range(6):
+        content = content_of(world.terms_of[base], "x")
+        if base >= 4:
+            content[1][0] = 5 * DENSE_STEPS
+        for device in devices:
+            world.say(device, "training", base)
+        for device in devices:
+            world.give(device, base, content)
+        world.settle()
+        world.tick(1.0)
+        assert world.version == min(base + 1, 5)
+    world.tick(10.0)
+    assert (world.version, len(world.merged()), len(world.dropped())) == (6, 12, 6)

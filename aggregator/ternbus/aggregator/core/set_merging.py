@@ -141,7 +141,7 @@ class SetMerging:
         elif (
             now >= self._no_empty_before
             and self._is_stuck(now)
-            and self.sets.needs_version(self._rule, self._resting(now), now)
+            and self.sets.needs_version(self._rule, self._resting(), now)
         ):
             self._trigger = self._trigger.merged(now)
             self._no_empty_before = now + EMPTY_EVERY_S
@@ -189,10 +189,13 @@ class SetMerging:
         expected = (each for each in self.registry.online.values() if self._trigger.is_expected(each, now))
         return next((each for each in expected if each.highest_base < newest), None)
 
-    def _resting(self, now: float) -> frozenset[str]:
-        """Devices online that have sent an update on the newest version, and wait for another one."""
+    def _resting(self) -> frozenset[str]:
+        """Devices online that have sent an update on the newest version, and wait for another one.
+
+        However long they have been silent: they have nothing to say before there is one.
+        """
         newest, online = self.versions.model.version, self.registry.online
-        return frozenset(name for name in self._expected(now) if online[name].highest_base >= newest)
+        return frozenset(name for name, each in online.items() if each.contributes and each.highest_base >= newest)
 
     def _expected(self, now: float) -> frozenset[str]:
         online = self.registry.online.values()
