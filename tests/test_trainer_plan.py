@@ -191,3 +191,12 @@ def test_a_task_of_ones_own_is_found_in_the_current_folder(tmp_path: Path, monke
     ]:
         with pytest.raises(ConfigError, match=says):
             load_task(spec)
+
+
+@pytest.mark.parametrize("value", ["x" * 10_000, ["x"] * 10_000], ids=["text", "list"])
+def test_a_fault_is_a_line_whatever_length_its_value_has(value: object) -> None:
+    """It is logged by each device that does not train by the plan."""
+    said = plan_keys.fault({"codec": value})
+    assert said is not None
+    assert said.startswith("codec is ")
+    assert len(said) < 200

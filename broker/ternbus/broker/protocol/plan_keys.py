@@ -5,6 +5,7 @@ also refuses keys that nobody knows (`unknown`), since a misspelt key would be i
 """
 
 import re
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -126,7 +127,7 @@ def fault(plan: Mapping[str, Any]) -> str | None:
     """
     for name, key in KEYS.items():
         if name in plan and (reason := key.fault(plan[name])):
-            return f"{name} is {plan[name]!r}, {reason}"
+            return f"{name} is {reprlib.repr(plan[name])}, {reason}"  # a peer may have chosen a long value
     schedule, ends, warm = (
         plan.get("schedule", "constant"),
         plan.get("schedule_versions", 0),
