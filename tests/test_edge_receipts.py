@@ -9,7 +9,7 @@ from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
-from ternbus.edge.core.actions import Save, StartTraining
+from ternbus.edge.core.actions import Save, StartTraining, Stop
 
 
 def test_an_accepted_update_is_forgotten_and_the_next_is_on_a_newer_version() -> None:
@@ -119,3 +119,13 @@ def test_a_receipt_or_grant_for_something_else_is_ignored() -> None:
     assert device.core.dropped == {"not-outstanding": 4, "not-ours": 1, "odd-receipt": 1}
     assert device.disk is not None
     assert device.disk.outstanding is not None
+
+
+@pytest.mark.parametrize("outcome", ["revoked", "unknown"])
+@pytest.mark.parametrize("reason", ["", "why"])
+def test_a_device_that_may_not_go_on_says_why_if_there_is_something_to_say(outcome: str, reason: str) -> None:
+    scripted, device, frame = sending()
+    done = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, outcome, reason=reason))
+    stop = only(done, Stop)
+    assert ("(why)" in stop.reason) is bool(reason)
+    assert "()" not in stop.reason

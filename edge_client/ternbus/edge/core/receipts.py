@@ -93,11 +93,11 @@ def describe(receipt: Receipt, update: OutstandingUpdate) -> str:
 
 def describe_refusal(receipt: Receipt) -> str:
     """The reason to stop after a receipt that refuses or revokes the device, or says that it is unknown."""
+    reason = f" ({receipt.reason})" if receipt.reason else ""
     if receipt.outcome == "unknown":
         return (
-            f"the aggregator does not know this device ({receipt.reason}); "
+            f"the aggregator does not know this device{reason}; "
             "ask its operator for a new invitation and run: ternbus edge rejoin"
         )
     verb = "revoked this device's key" if receipt.outcome == "revoked" else "refused the invitation"
-    reason = f" ({receipt.reason})" if receipt.reason else ""
     return f"the aggregator has {verb}{reason}; ask its operator for a new invitation"
