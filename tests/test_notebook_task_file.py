@@ -1,6 +1,7 @@
 """A federation as a task's file: what it holds, what it refuses, and that it is the same task."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,47 @@ def test_a_script_s_own_functions_are_written_and_the_command_accepts_the_file(t
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "ready" in ran.stdout
+
+
+NOTEBOOK = """
+import numpy as np
+from torch import nn
+from ternbus.lab import Federation
+HIDDEN = 4
+def same(made):
+    return made
+@same
+class Net(nn.Module):
+    units = HIDDEN
+    @staticmethod
+    def activation():
+        return nn.ReLU()
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, self.units), self.activation(), nn.Linear(self.units, 2))
+    def forward(self, inputs):
+        return self.layers(inputs)
+class Bare(nn.Identity):
+    pass
+data = np.ones((40, 3), np.float32), np.arange(40) % 2
+Federation(Net, clients={'a': data, 'b': data}, test=data).to_task('cell_task.py')
+try:
+    Federation(lambda: nn.Sequential(nn.Linear(3, 2), Bare()), clients={'a': data}, test=data).to_task('bare_task.py')
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_class_of_a_notebook_s_cell_is_written(tmp_path: Path) -> None:
+    cell = [sys.executable, "-m", "IPython", "--no-banner", "--colors=NoColor", "-c", NOTEBOOK]
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path)}
+    ran = subprocess.run(cell, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    text = (tmp_path / "cell_task.py").read_text()
+    assert "@same\nclass Net(nn.Module):" in text
+    assert "HIDDEN = 4" in text
+    assert sum(array.size for array in loaded(tmp_path / "cell_task.py").initial(0).values()) == 3 * 4 + 4 + 4 * 2 + 2
+    assert "Bare has no source that Python knows: define it in a file" in ran.stdout  # a class without a method
 
 
 @pytest.mark.slow

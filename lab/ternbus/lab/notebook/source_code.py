@@ -3,6 +3,7 @@
 import ast
 import builtins
 import inspect
+import linecache
 import symtable
 import textwrap
 import types
@@ -46,8 +47,8 @@ class Source:
     def _defined(self, function: Any, name: str) -> str:
         if self._keep(name, function):
             try:
-                text = textwrap.dedent(inspect.getsource(function))
-            except (OSError, TypeError) as error:
+                text = textwrap.dedent(_text_of(function))
+            except (OSError, TypeError, SyntaxError) as error:
                 raise ConfigError(f"to_task: {name} has no source that Python knows: define it in a file") from error
             self._needs(text, _names_of(function), name)
             self.definitions[name] = text.rstrip()
@@ -95,6 +96,29 @@ class Source:
         is_new = name not in self._objects
         self._objects[name] = value
         return is_new
+
+
+def _text_of(function: Any) -> str:
+    """The source. Raises `OSError`, `TypeError` or `SyntaxError` if there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # before Python 3.13 a class of a notebook has none, but its methods know their cells
+        own = [inspect.unwrap(getattr(each, "__func__", each)) for each in getattr(function, "__dict__", {}).values()]
+        for code in (each.__code__ for each in own if isinstance(each, types.FunctionType)):
+            if (text := _class_around(code, function.__name__)) is not None:
+                return text
+        raise
+
+
+def _class_around(code: types.CodeType, name: str) -> str | None:
+    """The source of the class of this name, with its decorators, that the code is a method of."""
+    lines = linecache.getlines(code.co_filename)
+    for node in ast.walk(ast.parse("".join(lines))):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+            if first <= code.co_firstlineno <= (last := node.end_lineno or first):
+                return "".join(lines[first - 1 : last])
+    return None
 
 
 def _is_importable(function: Any) -> bool:
