@@ -177,6 +177,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"test": 2}, "test is 2: the share that is set aside must be between 0 and 1"),
     ({"client": CLIENTS}, "no argument 'client' .do you mean clients"),
     ({"model": nn.Linear(10, 1)}, "model is a Linear: give a function that makes one"),
+    ({"model": nn.Linear}, "model is Linear, which needs the arguments in_features, out_features: give a function"),
+    ({"loss": nn.MSELoss}, r"loss is the class MSELoss: give one that is made, as MSELoss\(\)"),
+    ({"metrics": mae}, "metrics is function: it must be a dict of name to function"),
+    ({"clients": {"alice": "data.csv"}}, "client alice: the data are str, 'data.csv': they must be"),
+    ({"test": "test.csv"}, "test: the data are str, 'test.csv': they must be"),
+    ({"stays_local": "weight"}, r"stays_local is one text: give a list of them, as \['weight'\]"),
 ]
 
 
@@ -184,6 +190,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_what_does_not_fit_is_refused_in_words(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         federation(**changes)
+
+
+@pytest.mark.parametrize(("task", "what"), [(5, "5"), (Federation, "the class Federation")])
+def test_a_task_that_is_none_is_refused(task: Any, what: str) -> None:
+    with pytest.raises(ConfigError, match=f"task is {what}: give the name of a task"):
+        Federation(task=task)
+
+
+@pytest.mark.parametrize("partition", [dirichlet, quantity])
+def test_a_partition_by_no_number_is_refused(partition: Any) -> None:
+    with pytest.raises(ConfigError, match=r"has the alpha 'a', but it must be a number"):
+        partition("a")
 
 
 def test_a_loss_of_another_shape_says_which() -> None:
@@ -218,6 +236,15 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"hostile": "sign-flip"}, r"hostile has 'sign-flip': give Hostile\(…\)"),
     ({"private": True}, r"private has True: give Private\(…\)"),
     ({"callbacks": abs}, "callbacks is .*: give a list"),
+    ({"sync": "no"}, "sync is 'no', but must be True or False"),
+    ({"dense": "weight"}, r"dense is one text: give a list of them, as \['weight'\]"),
+    ({"device": 3}, "device is 3: it must be auto, cpu"),
+    ({"speeds": "fast"}, "speeds is 'fast': give the seconds of a training"),
+    ({"learning_rate": 0.1}, "no argument 'learning_rate': it is a key of the plan, plan={'learning_rate': …}"),
+    ({"buffer_size": 2}, "no argument 'buffer_size': it is a key of the merge, merge={'buffer_size': …}"),
+    ({"tau": 2}, "no argument 'tau': it is a key of the settings, settings={'optimizer.tau': …}"),
+    ({"hold_out": 0.2}, r"no argument 'hold_out': it is a field of local, local=Local\(hold_out=…\)"),
+    ({"settings": {"plan.learning_rate": 0.1}}, "settings has no key 'plan.learning_rate': it is a key of the plan"),
 ]
 
 

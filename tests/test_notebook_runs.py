@@ -18,6 +18,7 @@ from torch import nn
 
 from support.arrays import CLIENTS, TEST, linear, numbers
 from ternbus.broker.errors import ConfigError
+from ternbus.edge.learn.metric import higher, lower
 from ternbus.edge.learn.subnetwork import channels
 from ternbus.edge.learn.task_loader import load_task
 from ternbus.lab import (
@@ -36,6 +37,7 @@ from ternbus.lab import (
     sweep,
     tune,
 )
+from ternbus.lab.notebook.objectives import mae
 
 pytestmark = pytest.mark.slow
 PLAN = {"learning_rate": 0.02, "batch_size": 10}
@@ -369,6 +371,15 @@ def test_a_training_that_diverges_is_a_failure_of_the_federation_and_no_bug() ->
 
 
 # --- baselines and searches
+
+
+def test_a_metric_that_is_no_number_is_named_once() -> None:
+    undefined = {"mae": lower(mae), "odd": higher(lambda outputs, _: outputs.mean() * float("nan"))}
+    run = federation(clients={"alice": CLIENTS["alice"]}, metrics=undefined).simulate(versions=2, callbacks=[])
+    assert run.lines == ("left out from version 0 on where it is no finite number: odd",)
+    assert run.metrics.keys() == {"mae", "loss"}
+    assert repr(run).startswith("<Run: 2 versions in ")
+    assert repr(federation(clients={"alice": CLIENTS["alice"]})).startswith("<Federation of 1 device (")
 
 
 def test_baselines_stand_beside_a_run(run: Run) -> None:

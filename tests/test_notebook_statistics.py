@@ -52,11 +52,17 @@ def test_a_histogram_has_its_bounds_and_quantiles() -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (lambda fed: fed.statistics("modes"), "not some of moments, histogram, labels"),
+        (lambda fed: fed.statistics("modes"), "no kind 'modes': choose some of moments, histogram, labels"),
         (lambda fed: fed.statistics("histogram"), "bounds|low"),
         (lambda fed: fed.statistics(features=["absent"]), "absent"),
+        (lambda fed: fed.statistics(features="01"), r"features is one text: give a list of them, as \['01'\]"),
+        (lambda fed: fed.statistics("histogram", bounds=3), r"bounds is 3, but must be two numbers, as \(0, 1\)"),
     ],
 )
 def test_what_no_device_can_answer_is_refused_in_words(asked: Callable[[Federation], object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         asked(federation())
+
+
+def test_features_may_be_named_by_their_numbers() -> None:
+    assert federation().statistics("moments", features=[1])["name"].tolist() == ["1"]

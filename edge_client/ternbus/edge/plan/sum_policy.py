@@ -77,7 +77,10 @@ class SumPolicy:
         """The reason why this device makes no update by these terms; empty if it does."""
         cards = {helper.card.public: helper.card for helper in terms.helpers}
         if terms.kind != self.kind:
-            return f'the terms have the kind "{terms.kind}", and its owner joined for "{self.kind}" (--private-kind)'
+            return (
+                f'the terms have the kind "{terms.kind}", and its owner joined for "{self.kind}" (--private-kind): an '
+                f'owner who wants the other writes private_kind = "{terms.kind}" into edge.toml'
+            )
         if missing := [key for key in self.helpers if key not in cards]:
             return (
                 f"the helper {missing[0].hex()}, which its owner has pinned, is not in the terms; ask the operator of "

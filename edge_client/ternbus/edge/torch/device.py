@@ -14,7 +14,7 @@ _NAME: Final = re.compile(r"cpu|mps|cuda(:\d{1,3})?")
 
 
 @cache
-def chosen(name: str) -> torch.device:
+def chosen(name: object) -> torch.device:
     """The device of this name; for "auto" the first accelerator, else the CPU.
 
     Raises `ConfigError` for a name of no device, or of one that this machine does not have.
@@ -23,7 +23,7 @@ def chosen(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"device is {name!r}: it must be auto, cpu, cuda, cuda:N or mps")
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= (found := torch.cuda.device_count()):

@@ -59,6 +59,8 @@ def _samples(given: Any, whose: str, collate: Any, workers: int) -> Samples:
         raise ConfigError(
             f'{whose}: the data are one table: give (inputs, targets), as in frame.drop(columns="y"), frame["y"]'
         )
+    if isinstance(given, str | bytes):  # which have a length and items, like a Dataset
+        raise ConfigError(f"{whose}: the data are {type(given).__name__}, {given[:80]!r}: {FORMS}")
     container = isinstance(given, Tensor | np.ndarray | tuple | list | Mapping)
     if not container and hasattr(given, "__getitem__") and hasattr(given, "__len__"):  # as of the library datasets
         return _of_dataset(given, whose, collate, workers)

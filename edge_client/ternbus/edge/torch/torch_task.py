@@ -16,6 +16,7 @@ targets says `batches.py`. `trainer.py` runs the steps and the evaluation.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ ARGUMENTS: Final = (
 FUNCTIONS: Final = (
     "model", "data", "loss", "metric", "augment", "owners", "narrow", "collate", "predict", "optimizers", "train_step",
 )  # fmt: skip
+LISTS: Final = ("plan_keys", "stays_local", "statistics", "nonnegative")
 
 
 class _ClassName:
@@ -79,13 +81,13 @@ class TorchTask:
     name: str = cast("str", _ClassName())
     default_plan: Mapping[str, object] = {}
     plan_keys: Sequence[str] = ()
+    """Names of plan keys that only this task knows, and reads from `Plan.extra`."""
     stays_local: Sequence[str] = ()
     """Glob patterns of the names of tensors that stay on each device."""
     statistics: Sequence[str] = ()
     """Patterns of tensors that are only averaged, besides the model's buffers."""
     nonnegative: Sequence[str] = ()
     """Patterns of tensors without negative elements, besides batch norm's variance."""
-    """Names of plan keys that only this task knows, and reads from `Plan.extra`."""
     workers: int = 0
     """The number of processes that read a Dataset, as DataLoader's num_workers."""
     device: str = devices.AUTO
@@ -127,6 +129,11 @@ class TorchTask:
         vars(self).update(given)
         for each in FUNCTIONS:
             _check_function(each, given.get(each), self.name)
+        for each in LISTS:
+            if isinstance(text := getattr(self, each), str):
+                raise ConfigError(f"the task {self.name}: {each} is one text: give a list of them, as [{text!r}]")
+        if metrics is not None:  # as an attribute a function is a method, which returns them
+            scoring.checked(metrics, self.name)
         self.measured()
 
     # -- what a subclass may define
@@ -299,10 +306,28 @@ class TorchTask:
         return name in vars(self) or getattr(type(self), name) is not getattr(TorchTask, name)
 
 
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments without a default; none where Python knows no signature."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except ValueError:
+        return []
+    return [each.name for each in found if each.default is each.empty and "VAR_" not in each.kind.name]
+
+
 def _check_function(argument: str, value: Any, task: str) -> None:
     """Raises `ConfigError` for a value that is no function, and for a model in place of a function that makes one."""
     if argument == "model" and isinstance(value, nn.Module):
         kind = type(value).__name__
         raise ConfigError(f"the task {task}: model is a {kind}: give a function that makes one, as lambda: {kind}(…)")
+    if argument == "model" and callable(value) and (missing := _needed(value)):
+        kind = getattr(value, "__name__", type(value).__name__)
+        raise ConfigError(
+            f"the task {task}: model is {kind}, which needs the arguments {', '.join(missing)}: give a function that "
+            f"needs none, as lambda: {kind}(…)"
+        )
+    if isinstance(value, type) and issubclass(value, nn.Module) and argument != "model":
+        name = value.__name__
+        raise ConfigError(f"the task {task}: {argument} is the class {name}: give one that is made, as {name}()")
     if value is not None and not callable(value) and not isinstance(value, Metric):
         raise ConfigError(f"the task {task}: {argument} is {type(value).__name__}, but must be a function")

@@ -29,7 +29,7 @@ def examine(directory: Path) -> Iterator[Result]:
     except FederationError as problem:
         yield failed("settings", str(problem))
         return
-    yield ok("settings", f"helper {settings.helper} of {settings.federation}, {found.devices} devices on the roster")
+    yield ok("settings", f"helper {settings.helper} of {settings.federation}, devices on the roster: {found.devices}")
     if found.state.is_behind:
         yield error("database", "it is an older copy", f"ternbus helper restored {home.quoted}")
     if not settings.aggregator_key:

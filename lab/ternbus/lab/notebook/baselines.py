@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import LOWER, Direction, direction_of, for_people, primary_of
 from ternbus.edge.learn.failure import explained
@@ -83,7 +84,7 @@ class Baseline:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in for_people(self.metrics, self.metric))
-        return f"<{self.name}: {len(self.rows) - 1} epochs, {shown}>"
+        return f"<{self.name}: {counted(len(self.rows) - 1, 'epoch')}, {shown}>"
 
     def _repr_html_(self) -> str:
         table: str = self.table.to_html(index=False)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.broker.protocol.tensor_kinds import version_metadata
@@ -100,7 +101,11 @@ class Federation:
         self._scenario = self._base()
 
     def _of_task(self, task: Task | str, data: Any, partition: Parts | str | None) -> None:
-        self.task = load_task(task) if isinstance(task, str) else task
+        given: Any = load_task(task) if isinstance(task, str) else task
+        if isinstance(given, type) or not isinstance(given, Task):
+            what = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
+            raise ConfigError(f'task is {what}: give the name of a task, as "digits", or a task that is made')
+        self.task = given
         if data is not None and not isinstance(data, str | Path):
             raise ConfigError("data of a federation of a task is the task's folder of data, or None")
         self._folder = None if data is None else Path(data)
@@ -144,7 +149,7 @@ class Federation:
     def statistics(
         self,
         *kinds: str,
-        features: Sequence[str] = (),
+        features: Sequence[str | int] = (),
         bounds: tuple[float, float] | None = None,
         bins: int = 32,
         seed: int = 0,
@@ -325,7 +330,7 @@ class Federation:
     def __repr__(self) -> str:
         names = self.devices
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f"<Federation of {len(names)} devices ({shown}), task {self.task.name}>"
+        return f"<Federation of {counted(len(names), 'device')} ({shown}), task {self.task.name}>"
 
     def _repr_html_(self) -> str:
         return self.partition()._repr_html_()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ternbus.broker.errors import ConfigError
 from ternbus.lab.scenario import partitions
 
@@ -31,12 +33,12 @@ def iid(devices: int = partitions.DEVICES) -> Parts:
 
 def dirichlet(alpha: float, devices: int = partitions.DEVICES) -> Parts:
     """Parts with unequal mixes of classes: the smaller alpha, the more unequal (Hsu et al. 2019)."""
-    return Parts(partition=f"dirichlet:{alpha:g}", devices=devices)
+    return Parts(partition=f"dirichlet:{_number('dirichlet', alpha)}", devices=devices)
 
 
 def quantity(alpha: float, devices: int = partitions.DEVICES) -> Parts:
     """Random parts of unequal size: the smaller alpha, the more unequal (Li et al. 2022)."""
-    return Parts(partition=f"quantity:{alpha:g}", devices=devices)
+    return Parts(partition=f"quantity:{_number('quantity', alpha)}", devices=devices)
 
 
 def shards(count: int, devices: int = partitions.DEVICES) -> Parts:
@@ -55,6 +57,12 @@ def by(column: str, *, keep: bool = False) -> Parts:
 def natural() -> Parts:
     """A device for each owner, as `owners` or the task says it."""
     return Parts(partition="natural")
+
+
+def _number(kind: str, alpha: object) -> str:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number):
+        raise ConfigError(f"{kind}() has the alpha {alpha!r}, but it must be a number, as in {kind}(0.5, 20)")
+    return f"{alpha:g}"
 
 
 def parts_of(given: object) -> Parts:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol.direction import Direction, for_people
 from ternbus.edge.plan.tensors import Tensors
@@ -148,9 +149,10 @@ class Run:
 
     def _said(self) -> str:
         shown = ", ".join(f"{name} {self.metrics[name]:.4g}" for name in for_people(self.metrics, self.metric))
+        versions, updates = counted(self.version, "version"), counted(self.report["updates"], "update")
         return (
-            f"{self.version} versions in {self.report['seconds']:.1f} virtual seconds ({self.ended}), "
-            f"{shown or 'not measured'}; {self.report['updates']} updates, {size(self.report['bytes_up'])} up"
+            f"{versions} in {self.report['seconds']:.1f} virtual seconds ({self.ended}), "
+            f"{shown or 'not measured'}; {updates}, {size(self.report['bytes_up'])} up"
         )
 
     def _device(self, name: str, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import LOWER, direction_of
 from ternbus.lab.notebook.callbacks import State, named
@@ -158,7 +159,8 @@ class Tuning:
         return frame(rows, ("trial",))
 
     def __repr__(self) -> str:
-        return f"<Tuning: {len(self.study.trials)} trials, best {self.metric} {self.value:.4g} with {dict(self.best)}>"
+        trials = counted(len(self.study.trials), "trial")
+        return f"<Tuning: {trials}, best {self.metric} {self.value:.4g} with {dict(self.best)}>"
 
     def _repr_html_(self) -> str:
         table: str = self.table.to_html(index=False)

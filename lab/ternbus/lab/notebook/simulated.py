@@ -10,6 +10,7 @@ import numpy as np
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.spelling import refuse_unknown
 from ternbus.lab.scenario.availability import Availability
 from ternbus.lab.scenario.end import End
@@ -21,6 +22,7 @@ from ternbus.lab.scenario.toml_table import within
 ONE: Final = {"end": End, "narrow": Narrow, "local": Local, "simulate": Simulated, "availability": Availability}
 SEVERAL: Final = {"faults": Fault, "hostile": Hostile}
 FURTHER: Final = ("sync", *ONE, *SEVERAL, "private", "dense", "allow_plan_keys")
+LISTS: Final = ("dense", "allow_plan_keys")
 SETTINGS: Final = tuple(
     f"{section}.{each.name}"
     for section, kind in {**SECTIONS, "search": SearchSettings}.items()
@@ -65,12 +67,17 @@ def scenario_of(base: Scenario, given: Choices, names: Sequence[str], simulate: 
     ``simulate`` is the method that was called, whose arguments an error names.
     """
     named = [each.name for each in inspect.signature(simulate).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    for name in given.more:
+        if name not in (*named, *FURTHER) and (place := _place_of(name)):
+            raise ConfigError(f"simulate() has no argument {name!r}: it is {place}")
     refuse_unknown(given.more, [*named, *FURTHER], "simulate() has no argument")
     merge, settings = plain("merge", given.merge), plain("settings", given.settings)
     refuse_unknown(merge, MERGE, "merge has no key")
     for name in settings:
         if dotted := [each for each in SETTINGS if each.startswith(f"{name}.")]:
             raise ConfigError(f"settings has no section {name!r}, but keys with a dot: {', '.join(dotted)}")
+        if name.startswith("plan.") and (place := _place_of(name.removeprefix("plan."))):
+            raise ConfigError(f"settings has no key {name!r}: it is {place}")
     refuse_unknown(settings, SETTINGS, "settings has no key")
     more = _of_kinds(given.more)
     versions = None if given.versions is None else whole("versions", given.versions)
@@ -83,6 +90,17 @@ def scenario_of(base: Scenario, given: Choices, names: Sequence[str], simulate: 
         speeds=speeds_of(given.speeds, names),
         **more,
     )
+
+
+def _place_of(name: str) -> str:
+    """What a key is that stands in another place than among the arguments; empty if there is none."""
+    if name in plan_keys.KEYS:
+        return f"a key of the plan, plan={{{name!r}: …}}, in a sweep 'plan.{name}'"
+    if name in MERGE:
+        return f"a key of the merge, merge={{{name!r}: …}}, in a sweep 'merge.{name}'"
+    if dotted := [each for each in SETTINGS if each.endswith(f".{name}")]:
+        return f"a key of the settings, settings={{{dotted[0]!r}: …}}"
+    return f"a field of local, local=Local({name}=…)" if name in {each.name for each in fields(Local)} else ""
 
 
 def plain(name: str, given: Any) -> dict[str, Any]:
@@ -104,6 +122,11 @@ def whole(name: str, given: Any) -> int:
 def _of_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
     """Further fields of a scenario. Raises `ConfigError` for what is not of the field's class, such as a dict."""
     found = dict(given)
+    if not isinstance(sync := found.get("sync", False), bool):
+        raise ConfigError(f"sync is {sync!r}, but must be True or False")
+    for name in LISTS:
+        if isinstance(text := found.get(name), str):
+            raise ConfigError(f"{name} is one text: give a list of them, as [{text!r}]")
     for name, kind in {**ONE, **SEVERAL, "private": Private}.items():
         if found.get(name) is None:
             continue
@@ -120,6 +143,8 @@ def speeds_of(given: Any, names: Sequence[str]) -> Speeds:
     """The speeds: as they are; the same number of seconds for all; or one for each device, in order or by name."""
     if given is None or isinstance(given, Speeds):
         return given or Speeds()
+    if isinstance(given, str):
+        raise ConfigError(f"speeds is {given!r}: give the seconds of a training, one number or one for each device")
     if isinstance(given, Mapping):
         refuse_unknown(given, names, "speeds: there is no device")
         if missing := [name for name in names if name not in given]:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from ternbus.aggregator.merge.pooled import Pooled
 from ternbus.broker.errors import ConfigError, ProtocolError
-from ternbus.broker.protocol.statistics import HISTOGRAM, LABELS, MOMENTS, Measured, StatisticsRequest
+from ternbus.broker.protocol.statistics import HISTOGRAM, KINDS, LABELS, MOMENTS, Measured, StatisticsRequest
 from ternbus.edge.learn.measure import measured
 from ternbus.edge.learn.task import Trainer
 from ternbus.lab.notebook.frames import frame
@@ -16,11 +16,18 @@ COLUMNS: Final = ("devices", "count", "dropped", "mean", "variance", "std", "bel
 
 
 def request_of(
-    kinds: Sequence[str], features: Sequence[str], bounds: tuple[float, float] | None, bins: int
+    kinds: Sequence[str], features: Sequence[str | int], bounds: tuple[float, float] | None, bins: int
 ) -> StatisticsRequest:
     """The request as devices read it. Raises `ConfigError` for none."""
-    low, high = ((), ()) if bounds is None else ((float(bounds[0]),), (float(bounds[1]),))
-    table = {"id": 1, "kinds": list(kinds), "features": list(features), "low": list(low), "high": list(high),
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError(f"statistics: there is no kind {unknown[0]!r}: choose some of {', '.join(KINDS)}")
+    if isinstance(features, str):
+        raise ConfigError(f"features is one text: give a list of them, as [{features!r}]")
+    try:
+        low, high = ((), ()) if bounds is None else ((float(bounds[0]),), (float(bounds[1]),))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"bounds is {bounds!r}, but must be two numbers, as (0, 1)") from error
+    table = {"id": 1, "kinds": list(kinds), "features": list(map(str, features)), "low": list(low), "high": list(high),
              "bins": bins if HISTOGRAM in kinds else 0, "labels": [], "dp": "none", "noise": 0.0}  # fmt: skip
     try:
         return StatisticsRequest.from_meta(table)

@@ -91,7 +91,7 @@ class Simulation:
             raise ConfigError('[[fault]] kill = "aggregator" needs a ledger to restart from: add --ledger')
         self._evaluated, self._made_at = -1, 0.0
         self._unseen: tuple[int, Vector, float] | None = None  # a version to evaluate, and when it was made
-        self._names, self._model = names, model
+        self._names, self._model, self._unmeasured = names, model, set[str]()
         self._ended = self._stopped = False
         with self._explained():
             self._evaluator = task.evaluator(data=scenario.data)
@@ -326,8 +326,12 @@ class Simulation:
         with explained(self._scenario.task, during=f"the evaluation of version {version} on the test data"):
             tensors = to_tensors(self.schema, vector)
             found = evaluated_by(self._evaluator, tensors, self._plan)
-            values = found.finite | self._of_widths(tensors, found.finite)
+            finite = found.finite
+            values = finite | self._of_widths(tensors, finite)
             metrics = Metrics(version=version, samples=found.samples, split="test", values=values, better=found.better)
+        if new := sorted(found.values.keys() - finite.keys() - self._unmeasured):
+            self._unmeasured.update(new)
+            self._progress.say(f"left out from version {version} on where it is no finite number: {', '.join(new)}")
         end = self._scenario.end
         if self._evaluated < 0 and (fault := end.missing(found.values)):
             raise ConfigError(fault)
