@@ -1,6 +1,7 @@
 """The `ternbus` command as a process: what it imports, what it prints, how it exits."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def test_help_is_whole_where_the_terminal_is_narrow(name: str, columns: int, mon
         for text in [*(each.help for each in command.params), *within]:
             assert "".join(text.split()) in "".join(said.split())
         assert {option for each in command.params for option in each.opts if option[0] == "-"} <= {*said.split()}
+        assert not re.search(r"\w-$", said, re.MULTILINE)  # a name that is broken cannot be copied
 
 
 @pytest.mark.parametrize(

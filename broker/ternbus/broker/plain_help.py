@@ -1,9 +1,29 @@
 """Help as plain text: typer's tables cut options and values where the terminal is narrow, and these must be typed."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
+
+UNBROKEN: Final = "\u2011"  # in place of a hyphen while lines are broken
+_Context: Any = TyperGroup.context_class  # typer's own has no public name
+
+
+class WholeNames(_Context.formatter_class):  # type: ignore[misc]  # of the type Any
+    """A formatter that breaks no line within `--an-option`: typer does, at each hyphen."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", UNBROKEN))
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **options: Any) -> None:
+        super().write_dl([(name, about.replace("-", UNBROKEN)) for name, about in rows], *args, **options)
+
+    def getvalue(self) -> str:
+        return str(super().getvalue()).replace(UNBROKEN, "-")
+
+
+_Context.formatter_class = WholeNames
 
 
 class PlainGroup(TyperGroup):
