@@ -55,5 +55,7 @@ def _best(worth: Mapping[int, Mapping[str, float]], better: Mapping[str, Directi
 
 def _stated(ledger: Ledger, judge: str) -> Mapping[str, Direction]:
     """The directions that an evaluator stated last."""
-    row = ledger.db.execute("SELECT entries FROM metrics WHERE device = ? AND split = ?", (judge, STATED)).fetchone()
+    row = ledger.db.execute(
+        "SELECT entries FROM metrics WHERE device = ? AND version = 0 AND split = ?", (judge, STATED)
+    ).fetchone()
     return json.loads(row[0])["better"] if row is not None else {}

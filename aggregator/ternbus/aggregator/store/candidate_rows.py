@@ -86,7 +86,9 @@ def references(db: sqlite3.Connection, group: Sequence[str]) -> dict[str, Metric
             " ORDER BY version DESC LIMIT 1",
             (name, STATED),
         ).fetchone()
-        stated = db.execute("SELECT entries FROM metrics WHERE device = ? AND split = ?", (name, STATED)).fetchone()
+        stated = db.execute(
+            "SELECT entries FROM metrics WHERE device = ? AND version = 0 AND split = ?", (name, STATED)
+        ).fetchone()
         if row is not None:
             better = {} if stated is None else json.loads(stated[0])["better"]
             found[name] = Metrics(

@@ -238,7 +238,9 @@ def _metrics(db: sqlite3.Connection, record: records.MetricsReceived, now: float
 
 def _state(db: sqlite3.Connection, record: records.MetricsReceived, now: float) -> None:
     """What holds for all of a device's metrics is kept once: an earlier Ternbus reads none of these rows."""
-    known = db.execute("SELECT entries FROM metrics WHERE device = ? AND split = ?", (record.device, STATED)).fetchone()
+    known = db.execute(
+        "SELECT entries FROM metrics WHERE device = ? AND version = 0 AND split = ?", (record.device, STATED)
+    ).fetchone()
     stated = {"better": dict(record.metrics.better), "classes": dict(record.metrics.classes)}
     if stated != (json.loads(known[0]) if known is not None else {"better": {}, "classes": {}}):
         checksums.insert(db, "metrics", (record.device, 0, STATED, 0, json.dumps(stated), float(now)), replace=True)

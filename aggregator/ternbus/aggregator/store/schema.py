@@ -4,7 +4,9 @@ from typing import Final
 
 FORMAT: Final = 9
 DROPPED: Final = -1  # in place of the version that an update was merged into: its device was revoked before
-STATED: Final = "stated"  # in place of a split: the row of what a device stated last beside its metrics' values
+# In place of a split: the row of what a device stated last beside its metrics' values. Its version is 0; a question
+# that says so is answered by the key, and else by all rows of the device.
+STATED: Final = "stated"
 # ``crc`` is a row's checksum: checksums.py
 # With row ids: else a payload would be a part of the key, and SQLite would read several whole to find a row's place.
 FRAMES_SQL: Final = (

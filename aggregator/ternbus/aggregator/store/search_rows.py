@@ -65,7 +65,7 @@ def judgements(db: sqlite3.Connection, since: int) -> Sequence[tuple[str, Metric
     """Evaluators' metrics of the versions from one on, by name."""
     rows = db.execute(
         "SELECT m.device, m.version, m.samples, m.entries, s.entries FROM metrics m LEFT JOIN metrics s"
-        " ON s.device = m.device AND s.split = ? WHERE m.split = 'test' AND m.version >= ?"
+        " ON s.device = m.device AND s.version = 0 AND s.split = ? WHERE m.split = 'test' AND m.version >= ?"
         " ORDER BY m.device, m.version",
         (STATED, since),
     )
