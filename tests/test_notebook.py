@@ -218,7 +218,7 @@ BAD_RUNS: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"optimizer": {"name": "fedadam"}}}, "no section 'optimizer', but keys with a dot: optimizer.name,"),
     ({"verions": 3}, "no argument 'verions' .do you mean versions.*: there are versions, seed, .*vectorise.*, sync, "),
     ({"versions": 0}, "end.versions is 0"),
-    ({"speeds": [1.0]}, "speeds has 1 numbers for 2 devices"),
+    ({"speeds": [1.0]}, "speeds has 1 number for 2 devices"),
     ({"speeds": {"alice": 1, "carol": 2}}, "no device 'carol'"),
     ({"speeds": {"alice": 1}}, "no seconds for bob"),
     ({"callbacks": [EarlyStopping]}, "callbacks has the class EarlyStopping"),

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
@@ -152,7 +153,9 @@ def speeds_of(given: Any, names: Sequence[str]) -> Speeds:
         given = [given[name] for name in names]
     seconds = [given] * len(names) if isinstance(given, int | float) else list(given)
     if len(seconds) != len(names):
-        raise ConfigError(f"speeds has {len(seconds)} numbers for {len(names)} devices: give one for each")
+        raise ConfigError(
+            f"speeds has {counted(len(seconds), 'number')} for {counted(len(names), 'device')}: give one for each"
+        )
     for each in seconds:
         within("speeds", each, 0, 86_400)
     return GivenSpeeds(seconds=tuple(map(float, seconds)))

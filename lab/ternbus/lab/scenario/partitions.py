@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.partition_spec import Kind, Partition, PartitionError, listed
 
@@ -40,7 +41,7 @@ def part_of(partition: str, device: int, devices: int, seed: int) -> str:
 
 
 def devices_in_words(devices: int) -> str:
-    return "as many devices as the data have owners" if devices == DEVICES_OF_DATA else f"{devices} devices"
+    return "as many devices as the data have owners" if devices == DEVICES_OF_DATA else counted(devices, "device")
 
 
 def check(partition: str) -> None:
