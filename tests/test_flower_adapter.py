@@ -335,3 +335,9 @@ def test_a_device_with_the_example_reports_on_its_client_s_validation_data() -> 
     task: Any = load_task(EXAMPLE)
     found = simulated(task, devices=2, versions=3, local=Local(hold_out=0.1))
     assert found.updates >= 3
+
+
+@pytest.mark.parametrize("argument", ["client_fn", "on_fit_config_fn", "evaluate_fn"])
+def test_what_is_no_function_is_refused(argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"the task mine: {argument} is int, but must be a function"):
+        FlowerTask(**dict[str, Any](name="mine", client_fn=print) | {argument: 3})

@@ -199,6 +199,9 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     assert not path.exists()
     with pytest.raises(ConfigError, match=r"my-task.py is no name of a module"):
         federation().to_task(tmp_path / "my-task.py")
+    for name in ("torch", "random"):
+        with pytest.raises(ConfigError, match=f"{name} is another module, found in place of the file"):
+            federation().to_task(tmp_path / f"{name}.py")
     with pytest.raises(ConfigError, match=r"cannot write .*refused_task.py: there is no folder .*nowhere; make it"):
         federation().to_task(tmp_path / "nowhere" / "refused_task.py")
     path.write_text("mine = 1\n")

@@ -334,3 +334,16 @@ def test_an_exception_of_data_names_its_own_line() -> None:
 
     problems = check(task_of(SGDClassifier(), data)).problems
     assert re.search(r"KeyError: 'column' \(test_sklearn_adapter.py, line \d+\)", problems[0])
+
+
+def test_what_is_no_function_is_refused_and_a_plain_function_is_a_metric() -> None:
+    rows: Any = np.ones((4, 2)), np.ones(4)
+    bad: Any = {"f1": 3}
+    mine = dict[str, Any](name="mine", estimator=SGDRegressor(), features=2)
+    with pytest.raises(ConfigError, match="the task mine: data is tuple, but must be a function"):
+        SklearnTask(**mine, data=rows)
+    with pytest.raises(ConfigError, match="the metric 'f1' is int, but must be a function"):
+        SklearnTask(**mine, data=lambda *_: rows, metrics=bad)
+    plain = {"worst": lambda predicted, targets: np.abs(predicted - targets).max()}
+    task = SklearnTask(**mine, data=lambda *_: rows, metrics=plain)
+    assert task.evaluator(data=None).evaluate(task.initial(0)).values["worst"] == 1

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
-from ternbus.edge.adapters.foreign import place_of, seeded
+from ternbus.edge.adapters.foreign import check_functions, place_of, seeded
 from ternbus.edge.learn.failure import looking_at_data
 from ternbus.edge.learn.partition_spec import Partition, PartitionError
 from ternbus.edge.learn.task import Evaluation, Trained
@@ -71,6 +71,10 @@ class FlowerTask:
     on_fit_config_fn: Callable[[int], Mapping[str, Scalar]] | None = None
     evaluate_fn: Callable[[int, list[Array], dict[str, Scalar]], Any] | None = None
     better: Mapping[str, Direction] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        functions = {"client_fn": self.client_fn, "on_fit_config_fn": self.on_fit_config_fn}
+        check_functions(self.name, **functions, evaluate_fn=self.evaluate_fn)
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
         """The arrays of a new client, part 0 of 1, which is made with this seed."""

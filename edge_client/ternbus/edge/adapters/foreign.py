@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ternbus.broker.errors import ConfigError
+
 SEEDS = 2**32  # numpy's global generator takes no larger seed
 
 
@@ -36,6 +38,13 @@ def seeded(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002 - likewise
         if torch is not None and state is not None:
             torch.set_rng_state(state)
+
+
+def check_functions(task: str, **functions: object) -> None:
+    """Raise `ConfigError` for an argument of a task that is no function, and is not None."""
+    for name, given in functions.items():
+        if given is not None and not callable(given):
+            raise ConfigError(f"the task {task}: {name} is {type(given).__name__}, but must be a function")
 
 
 def place_of(function: Callable[..., object]) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.estimators import Estimator, Labels, Matrix, Model, refused
-from ternbus.edge.adapters.foreign import place_of
+from ternbus.edge.adapters.foreign import check_functions, place_of
 from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Rows
@@ -47,11 +47,13 @@ class SklearnTask:
     features: int
     classes: Sequence[Any] | None = None
     default_plan: Mapping[str, object] = field(default_factory=dict)
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Metric | Callable[[Any, Any], Any]] = field(default_factory=dict)
     owners: Callable[[Path | None], Any] | None = None
 
     def __post_init__(self) -> None:
         kind = type(self.estimator).__name__
+        measures = {f"the metric {name!r}": each.compute for name, each in self.measures.items()}
+        check_functions(self.name, data=self.data, owners=self.owners, **measures)
         if isinstance(self.estimator, type) or not hasattr(self.estimator, "get_params"):
             raise ConfigError(f"the task {self.name}: estimator is no estimator: write {_called(self.estimator)}()")
         if why := refused(self.estimator):
@@ -75,6 +77,11 @@ class SklearnTask:
         from sklearn.base import is_classifier  # noqa: PLC0415 - needed with an estimator only
 
         return bool(is_classifier(self.estimator))
+
+    @property
+    def measures(self) -> dict[str, Metric]:
+        """The metrics; of one that is a plain function more is better."""
+        return {name: each if isinstance(each, Metric) else Metric(each) for name, each in self.metrics.items()}
 
     @property
     def labels(self) -> Labels | None:
@@ -181,8 +188,10 @@ class SklearnTrainer:
         model.put(tensors, self._rows.dtype)
         values = self._measures(model.estimator)
         predicted = model.estimator.predict(self._rows)
-        values |= {name: float(metric.compute(predicted, self._targets)) for name, metric in self._task.metrics.items()}
-        better = {name: metric.better for name, metric in self._task.metrics.items()}
+        values |= {
+            name: float(metric.compute(predicted, self._targets)) for name, metric in self._task.measures.items()
+        }
+        better = {name: metric.better for name, metric in self._task.measures.items()}
         return Evaluation(samples=self.samples, values=values, better=better)
 
     def _measures(self, estimator: Estimator) -> dict[str, float]:

@@ -6,6 +6,7 @@ written to the file, with the names that they need.
 """
 
 import pprint
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, write_text
 from ternbus.edge.learn.metric import Metric
+from ternbus.edge.learn.task_folder import taken_by
 from ternbus.edge.torch.batches import is_pair
 from ternbus.edge.torch.samples import TensorSamples
 from ternbus.lab.notebook.array_task import ArrayTask
@@ -56,6 +58,8 @@ def write(fed: "Federation", path: Path, data: Path | None) -> Path:
         raise ConfigError(f"to_task: the federation is of the task {task.name} already: name it with --task")
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise ConfigError(f"to_task: {path.name} is no name of a module: write one such as my_task.py")
+    if path.stem in sys.stdlib_module_names or "site-packages" in taken_by(path.resolve().parent, path.stem):
+        raise ConfigError(f"to_task: {path.stem} is another module, found in place of the file: write my_task.py")
     if path.exists() and not path.read_text(encoding="utf-8").startswith(TITLE):
         raise ConfigError(f"to_task: {path} is a file of yours: choose another name, or remove it")
     pairs = {split: _pair(samples) for split, samples in (("train", task.train_samples), ("test", task.test_samples))}
