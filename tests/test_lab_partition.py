@@ -170,7 +170,7 @@ def test_there_are_as_many_devices_as_owners_unless_devices_are_written() -> Non
     found = settled(Scenario(partition="natural", devices=1), CLASSES)
     assert (found.scenario.devices, [*found.lines]) == (
         1,
-        ['partition = "natural": 2 of 3 owners are beyond 1 devices (b, c): nobody trains on their 40 of 60 samples'],
+        ['partition = "natural": 2 of 3 owners are beyond 1 device (b, c): nobody trains on their 40 of 60 samples'],
     )
     assert refusal(Scenario(partition="natural", devices=4), CLASSES) == (
         'devices = 4, but partition = "natural" has 3 owners: use devices = 3 or fewer, or leave it out'

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.learn.draws import SAMPLES_MIN
 from ternbus.edge.learn.labels import Labels
@@ -130,8 +131,9 @@ def _owners(scenario: Scenario, found: Labels, lines: list[str]) -> int:
         names = [str(name) for name in found.values[devices : devices + NAMES_MAX]]
         names += ["…"] if count - devices > NAMES_MAX else []
         left = int(found.counts[devices:].sum())
+        beyond = f"{count - devices} of {count} {what} are beyond {counted(devices, 'device')}"
         lines.append(
-            f'partition = "{scenario.partition}": {count - devices} of {count} {what} are beyond {devices} devices '
-            f"({', '.join(names)}): nobody trains on their {left} of {found.counts.sum()} samples"
+            f'partition = "{scenario.partition}": {beyond} ({", ".join(names)}): '
+            f"nobody trains on their {left} of {found.counts.sum()} samples"
         )
     return devices
