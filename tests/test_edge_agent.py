@@ -1,6 +1,7 @@
 """The device as a process on a real mosquitto, against an aggregator made of broker's primitives."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -144,6 +145,21 @@ def test_a_killed_device_sends_the_same_bytes_again(server: Server, tmp_path: Pa
     code, said = server.until_ended(process)
     assert code == 0, said
     assert server.updates == [first]
+
+
+def test_the_statuses_of_a_device_restored_from_an_old_copy_are_news(server: Server, tmp_path: Path) -> None:
+    """A receiver drops a status of an earlier session; the copy knows of none that came after it."""
+    folder = joined(server, tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for _ in range(3):
+        code, said = server.until_ended(edge("run", folder, "--versions", 1))
+        assert code == 0, said
+    newest = max(status.session for status in server.statuses)
+    server.statuses.clear()
+    code, said = server.until_ended(edge("run", copy, "--versions", 1))
+    assert code == 0, said
+    assert min(status.session for status in server.statuses) > newest
 
 
 def test_a_stale_update_is_kept_for_the_next(server: Server, tmp_path: Path) -> None:

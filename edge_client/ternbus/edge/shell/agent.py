@@ -1,6 +1,7 @@
 """The assembly of a device's process from directory, task, outbox, core and service, for each of its commands."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ from ternbus.edge.core.actions import Log, Stop
 from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile, Role, subscriptions
+from ternbus.edge.core.state import State
 from ternbus.edge.learn.class_counts import class_counts_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.kinds import local_notice, tensor_kinds
@@ -222,7 +224,7 @@ def _serve(
             metadata=metadata,
             is_elastic=settings.share_of_channels == 1 and is_narrowing(task),
         )
-        core = Core(profile, outbox.state, InitialModel(tensors=initial))
+        core = Core(profile, _begun(outbox.state), InitialModel(tensors=initial))
         del initial  # the core frees it at the first head
         if role == "evaluate" and (notice := local_notice(task)):
             report(Log(event="stays-local", text=notice))
@@ -241,6 +243,14 @@ def _serve(
             stop = service.run()
         ended = service.stop_training()
     return stop, ended
+
+
+def _begun(state: State) -> State:
+    """The state of a process that begins: its sessions are above those that a copy of the folder may have forgotten.
+
+    Else the statuses of a device whose folder was restored from an old copy would count as replays.
+    """
+    return replace(state, session=max(state.session, int(time.time())))
 
 
 def _profile(

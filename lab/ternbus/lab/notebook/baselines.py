@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import LOWER, Direction, direction_of, for_people, primary_of
 from ternbus.edge.learn.failure import explained
 from ternbus.edge.learn.task import Evaluation, Task, Trainer, evaluated_by, initial_of, trainers_of

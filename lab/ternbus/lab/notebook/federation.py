@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.broker.spelling import refuse_unknown

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.model_files import save_safetensors
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import Direction, for_people
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.lab.notebook.frames import figure, frame

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import LOWER, direction_of
 from ternbus.lab.notebook.callbacks import State, named
 from ternbus.lab.notebook.federation import Federation

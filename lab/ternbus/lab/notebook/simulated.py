@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.aggregator.search_settings import SearchSettings
 from ternbus.aggregator.settings import SECTIONS
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol import plan_keys
 from ternbus.broker.spelling import refuse_unknown
 from ternbus.lab.scenario.availability import Availability

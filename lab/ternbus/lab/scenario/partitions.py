@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.edge.learn.partition_spec import Kind, Partition, PartitionError, listed
 
 AUTO: Final = "auto"  # `UNEQUAL` if the data have classes, else "iid"

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from ternbus.aggregator.core.findings import counted
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.plural import counted
 from ternbus.edge.learn.draws import SAMPLES_MIN
 from ternbus.edge.learn.labels import Labels
 from ternbus.edge.learn.partition import Rows, watched
