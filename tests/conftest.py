@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import settings
 
-from support.small_world import Bench, make_directory, scratch
+from support.small_world import Bench, close_ledgers, make_directory, scratch
 
 # A shell starts what runs in the background deaf to Ctrl-C, and nohup deaf to the end of a session; then so would be
 # all that tests start in order to interrupt it.
@@ -49,6 +49,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and (seed := session.config.option.hypothesis_seed) is not None:
         reporter.write_line(f"Hypothesis draws from seed {seed}; to repeat this run: --hypothesis-seed={seed}")
+
+
+@pytest.fixture(autouse=True)
+def _no_ledger_stays_open() -> Iterator[None]:
+    yield
+    close_ledgers()
 
 
 @pytest.fixture
