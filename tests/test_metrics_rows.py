@@ -1,12 +1,16 @@
 """What evaluators have sent is found by its key: as many rows as there are cost no question more."""
 
+import json
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from ternbus.aggregator.core.records import MetricsReceived
-from ternbus.aggregator.store import candidate_rows, checksums, rows, search_rows
+from ternbus.aggregator.store import candidate_rows, checksums, metric_rows, rows, search_rows, status
+from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.schema import SCHEMA_SQL
 from ternbus.broker.protocol.direction import LOWER
 from ternbus.broker.protocol.messages import Metrics
@@ -31,7 +35,12 @@ def ledger(versions: int) -> sqlite3.Connection:
 
 def steps(versions: int, asked: Asked) -> int:
     """How many instructions SQLite takes for a question, where the evaluator has sent so many metrics."""
-    db, taken = ledger(versions), 0
+    db = ledger(versions)
+    return counted(db, lambda: asked(db, versions))
+
+
+def counted(db: sqlite3.Connection, asked: Callable[[], object]) -> int:
+    taken = 0
 
     def count() -> int:
         nonlocal taken
@@ -39,7 +48,8 @@ def steps(versions: int, asked: Asked) -> int:
         return 0
 
     db.set_progress_handler(count, 1)
-    asked(db, versions)
+    asked()
+    db.set_progress_handler(None, 0)
     return taken
 
 
@@ -62,3 +72,49 @@ def test_all_metrics_of_an_evaluator_are_read_in_one_pass() -> None:
     ]
     everything = steps(800, lambda db, _: search_rows.judgements(db, 0))
     assert everything < 1.5 * 8 * steps(100, lambda db, _: search_rows.judgements(db, 0))
+
+
+def federation(folder: Path, versions: int, trainers: int = 5) -> Ledger:
+    """A ledger in which each trainer and an evaluator have measured all of so many versions."""
+    folder.mkdir()
+    made = Ledger.create(folder / "ledger.sqlite", {"federation": "lab", "version": versions - 1})
+    names = [f"device-{number}" for number in range(trainers)]
+    for name in (*names, "judge"):
+        public = name.ljust(32).encode()
+        checksums.insert(made.db, "devices", (name, public, b"", "active", 1.0, None, "", "idle", 0, "", None, 0, ""))
+        checksums.insert(made.db, "keys", (name, public[-8:], public, "active", 0, "", "", 0, -1))
+    with made.transaction():
+        for version in range(versions):
+            row = (version, bytes(32), float(version), 1, 0.0, 0, "", "", 0)
+            checksums.insert(made.db, "versions", row)
+            rows.write(made.db, received(version), float(version))
+            for place, name in enumerate(names):
+                own = {"error": place / 10} | ({"personal_error": 0.0} if version == versions - 50 else {})
+                measured = Metrics(version=version, samples=9, split="local", values=own)
+                rows.write(made.db, MetricsReceived(device=name, seq=version, metrics=measured), float(version))
+    return made
+
+
+def test_a_status_reads_the_metrics_that_it_shows(tmp_path: Path) -> None:
+    with closing(federation(tmp_path / "few", 150)) as few, closing(federation(tmp_path / "many", 1200)) as many:
+        taken = [counted(each.db, lambda each=each: status.read_ledger(each, 20)) for each in (few, many)]  # type: ignore[misc]
+        assert taken[1] < 1.1 * taken[0]
+        found, everything = status.read_ledger(many, 20), status.read_ledger(many)
+        assert found | {each: everything[each] for each in ("versions", "disk")} == everything
+        assert found["versions"] == everything["versions"][-20:]
+        assert found["devices"]["device-3"]["local"]["gain"] == {"error": 0.3}  # of the newest model of its own
+        assert found["devices"]["judge"]["evaluated"] == 1199
+        with_an_old_one = status.read_ledger(many, 20, also=[7])
+        assert with_an_old_one["versions"] == [everything["versions"][7], *found["versions"]]
+
+
+def test_a_status_of_old_versions_has_the_newest_metrics_of_all(tmp_path: Path) -> None:
+    with closing(federation(tmp_path / "ledger", 30)) as made:
+        made.db.execute("DELETE FROM metrics WHERE version > 3")
+        found = status.read_ledger(made, 20)
+        assert (found["metric"], found["better"], found["local"]["newest"]) == (
+            "error",
+            {"error": LOWER, "loss": LOWER},
+            3,
+        )
+        assert json.dumps(metric_rows.tests(made).version(3)["metrics"]) == json.dumps({"error": 0.5, "loss": 0.1})

@@ -15,6 +15,7 @@ from ternbus.aggregator.shell import (
     administration,
     dashboard_process,
     dashboard_token,
+    examination,
     helper_cards,
     log_commands,
     membership_commands,
@@ -303,7 +304,7 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus aggregator devices agg
     """
-    found = status_command.looked(directory).found
+    found = status_command.looked(directory, examination.INTERVALS).found
     typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
 
 

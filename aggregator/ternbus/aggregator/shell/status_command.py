@@ -37,14 +37,14 @@ def status(directory: DirAsRoot, as_json: AsJson = False, check: Check = False) 
     """
     if not check:
         act_as_owner(directory)
-        found = looked(directory)
+        found = looked(directory, VERSIONS_MAX if as_json else examination.INTERVALS)
         broker = administration.load_settings(directory).broker
         opening = health_text.lines(found.health, time.time(), broker)
         typer.echo(json.dumps(found.found) if as_json else "\n".join([*opening, "", status_text.summary(found.found)]))
         return
     try:
         act_as_owner(directory)
-        health = examination.look(directory, VERSIONS_MAX).health
+        health = examination.look(directory, examination.INTERVALS).health
     except (FederationError, OSError) as error:
         typer.echo(monitor_text(State.UNKNOWN.name, str(error)))
         raise typer.Exit(State.UNKNOWN) from error
@@ -52,9 +52,9 @@ def status(directory: DirAsRoot, as_json: AsJson = False, check: Check = False) 
     raise typer.Exit(health.state)
 
 
-def looked(directory: Path) -> Examination:
+def looked(directory: Path, versions_max: int) -> Examination:
     """The examination; where the running process does not answer, a line on standard error says so."""
-    found = examination.look(directory, VERSIONS_MAX)
+    found = examination.look(directory, versions_max)
     if found.fault:
         typer.echo(f"ternbus: as the ledger has it: {found.fault}", err=True)
     return found

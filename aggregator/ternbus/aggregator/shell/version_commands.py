@@ -44,7 +44,7 @@ def versions(
     """
     administration.load_settings(directory)
     with reading(directory) as ledger:
-        found = version_rows.read(ledger, count if version is None else VERSION_MAX)
+        found = version_rows.read(ledger, count, () if version is None else (version,))
     if version is None:
         typer.echo(json.dumps(found) if as_json else "\n".join(_table(found)))
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.core.registry import EVALUATOR
-from ternbus.aggregator.store import answers
+from ternbus.aggregator.store import answers, metric_rows
 from ternbus.aggregator.store.answers import Tally
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.aggregator.store.measurements import Measurements
@@ -46,15 +46,12 @@ class _Said:
 def _said(ledger: Ledger) -> _Said:
     db = ledger.db
     accepted = db.execute("SELECT device, max(received_at) FROM updates GROUP BY device")
-    evaluated = db.execute(
-        "SELECT device, max(version), max(received_at) FROM metrics WHERE split = 'test' GROUP BY device"
-    )
     return _Said(
         tallies=answers.tallies(db),
         losses=answers.losses(db),
         accepted_at=dict(accepted.fetchall()),
         waits={device for (device,) in db.execute("SELECT DISTINCT device FROM updates WHERE merged IS NULL")},
-        evaluated={device: (version, at) for device, version, at in evaluated},
+        evaluated=metric_rows.evaluated(ledger),
     )
 
 

@@ -1,19 +1,18 @@
 """The status of an aggregator, read from its ledger while a process may be writing."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ternbus.aggregator.core import disk_guard
 from ternbus.aggregator.core.clones import CLONED
 from ternbus.aggregator.core.registry import HELPER
-from ternbus.aggregator.store import candidate_rows, device_rows, disk, search_rows
+from ternbus.aggregator.store import candidate_rows, device_rows, disk, metric_rows, search_rows
 from ternbus.aggregator.store.answers import TALLY
-from ternbus.aggregator.store.device_metrics import Report
 from ternbus.aggregator.store.ledger import ARCHIVED, Ledger, reading
 from ternbus.aggregator.store.measurements import Measurements
-from ternbus.aggregator.store.schema import DROPPED, STATED
+from ternbus.aggregator.store.schema import DROPPED
 from ternbus.broker.protocol.messages import CLOSED
 
 
@@ -34,6 +33,9 @@ def read(directory: Path, versions_max: int | None = None) -> dict[str, Any]:
     `SearchState.status` says of the search in the federation (None: there is none). ``counts.unmerged`` are
     accepted updates that no version has though the federation is closed: a merge takes updates of ``merge.min_devices``
     devices; ``counts.invalid`` is a map by reason of everything refused.
+
+    Metrics are read of the versions in ``versions``, and of each sender its newest: a metric that only older ones had
+    is not in ``better``, and one of a device's own model is that of one of its last 100 versions.
     """
     with reading(directory) as ledger:
         return read_ledger(ledger, versions_max)
@@ -62,13 +64,17 @@ def invitations(directory: Path, now: float) -> list[dict[str, Any]]:
     ]
 
 
-def read_ledger(ledger: Ledger, versions_max: int | None = None) -> dict[str, Any]:
-    """The same of a ledger that is open."""
+def read_ledger(ledger: Ledger, versions_max: int | None = None, also: Collection[int] = ()) -> dict[str, Any]:
+    """The same of a ledger that is open; the versions in ``also`` come too."""
     version = ledger.version
     (digest,) = ledger.db.execute("SELECT digest FROM versions WHERE version = ?", (version,)).fetchone()
     (buffer,) = ledger.db.execute("SELECT count(*) FROM updates WHERE merged IS NULL").fetchone()
-    stated = _stated(ledger)
-    measured, free = _measured(ledger, stated), disk.free(ledger.path.parent)
+    (first,) = ledger.db.execute(
+        "SELECT min(version) FROM (SELECT version FROM versions ORDER BY version DESC LIMIT ?)",
+        (-1 if versions_max is None else versions_max,),
+    ).fetchone()
+    stated, free = metric_rows.stated(ledger), disk.free(ledger.path.parent)
+    measured = metric_rows.shown(ledger, stated, 0 if versions_max is None else first, also)
     return {
         "federation": ledger.fact("federation"),
         "version": version,
@@ -82,7 +88,7 @@ def read_ledger(ledger: Ledger, versions_max: int | None = None) -> dict[str, An
         "devices": device_rows.read(ledger, version, measured, stated),
         "candidate": candidate_rows.status(ledger.db),
         "search": search_rows.status(ledger.db),
-        "versions": _versions(ledger, measured, versions_max),
+        "versions": _versions(ledger, measured, first, also),
     }
 
 
@@ -119,36 +125,13 @@ def _counts(ledger: Ledger, unmerged: int) -> dict[str, Any]:
     return counts
 
 
-def _stated(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """What each device stated of its metrics beside their values: ``better`` and ``classes``."""
-    rows = ledger.db.execute("SELECT device, entries FROM metrics WHERE split = ?", (STATED,))
-    return {device: json.loads(entries) for device, entries in rows}
-
-
-def _measured(ledger: Ledger, stated: Mapping[str, Mapping[str, Any]]) -> Measurements:
-    """All metrics; those of devices' own data only of devices that are not revoked."""
-    found = Measurements()
-    rows = ledger.db.execute(
-        "SELECT m.device, m.version, m.split, m.samples, m.entries FROM metrics m LEFT JOIN devices d"
-        " ON d.name = m.device WHERE m.split = 'test' OR (m.split = 'local' AND d.state = 'active')"
-        " ORDER BY m.received_at"
-    )
-    for device, version, split, samples, entries in rows:
-        values, better = json.loads(entries), stated.get(device, {}).get("better", {})
-        if split == "test":
-            found.add_test(device, version, values)
-            found.state(device, better)
-        else:
-            found.add_local(Report(device=device, version=version, samples=samples, values=values, better=better))
-    return found
-
-
-def _versions(ledger: Ledger, measured: Measurements, versions_max: int | None) -> list[dict[str, Any]]:
+def _versions(ledger: Ledger, measured: Measurements, first: int, also: Collection[int]) -> list[dict[str, Any]]:
     rows = ledger.db.execute(
         "SELECT version, digest, made_at, updates, staleness_mean, staleness_max FROM versions"
-        " ORDER BY version DESC LIMIT ?",
-        (-1 if versions_max is None else versions_max,),
-    ).fetchall()
+        " WHERE version IN (SELECT version FROM versions WHERE version >= ? UNION SELECT value FROM json_each(?))"
+        " ORDER BY version",
+        (first, json.dumps(list(also))),
+    )
     return [
         {
             "version": version,
@@ -159,5 +142,5 @@ def _versions(ledger: Ledger, measured: Measurements, versions_max: int | None) 
             "staleness_max": highest,
             **measured.version(version),
         }
-        for version, digest, made_at, updates, mean, highest in reversed(rows)
+        for version, digest, made_at, updates, mean, highest in rows
     ]

@@ -1,29 +1,33 @@
 """The rows of `aggregator versions`: each version's updates, norm, metric and tags, and whether its model is kept."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ternbus.aggregator.merge.mean import norm
-from ternbus.aggregator.store import status, tags
+from ternbus.aggregator.store import metric_rows, status, tags
 from ternbus.aggregator.store.ledger import Ledger
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import direction_of, sign_of
 
 
-def read(ledger: Ledger, count: int) -> dict[str, Any]:
-    """The last ``count`` versions and all that have a tag, as JSON values.
+def read(ledger: Ledger, count: int, also: Collection[int] = ()) -> dict[str, Any]:
+    """The last ``count`` versions, all that have a tag, and those in ``also``, as JSON values.
 
     Each has a row as in the status, and its ``tags``, whether it is ``kept`` (it can be exported), and the ``norm`` of
     the change that it was (None: its delta is not kept). ``metric`` is the primary one, ``best`` the kept version that
     has the best of it by the first evaluator (None: no kept version was evaluated).
     """
-    found = status.read_ledger(ledger)
     names: dict[int, list[str]] = {}
     for name, tag in tags.read(ledger).items():
         names.setdefault(tag.version, []).append(name)
     (oldest,) = ledger.db.execute("SELECT min(version) FROM snapshots").fetchone()
-    rows = [row for row in found["versions"][-count:] if row["version"] not in names]
-    rows += [row for row in found["versions"] if row["version"] in names]
+    number, kept_number = ledger.db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE version >= ?) FROM versions", (oldest,)
+    ).fetchone()
+    found = status.read_ledger(ledger, max(min(count, number), kept_number), also={*names, *also})
+    asked = names.keys() | set(also)
+    rows = [row for row in found["versions"][-count:] if row["version"] not in asked]
+    rows += [row for row in found["versions"] if row["version"] in asked]
     norms = _norms(ledger, oldest)
     versions = [
         {
@@ -68,10 +72,12 @@ def find(ledger: Ledger, *, tag: str | None, is_best: bool) -> int:
 
 def better_one_gone(ledger: Ledger, kept: int) -> str:
     """In words, the version that was better than the best one that is ``kept``; empty where none was."""
-    found = status.read_ledger(ledger)
-    metric = found["metric"]
-    values = {row["version"]: row["metrics"].get(metric) for row in found["versions"]}
-    first = best(found["versions"], metric, found["better"])
+    tests = metric_rows.tests(ledger)
+    metric = tests.metric
+    numbers = [number for (number,) in ledger.db.execute("SELECT version FROM versions")]
+    rows = [{"version": number, **tests.version(number)} for number in numbers]
+    values = {row["version"]: row["metrics"].get(metric) for row in rows}
+    first = best(rows, metric, tests.better)
     if first is None or values[first] == values.get(kept):
         return ""
     return (
