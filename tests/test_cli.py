@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
@@ -179,6 +180,36 @@ def test_a_command_imports_only_its_own_side(name: str, absent: set[str]) -> Non
     _, modules = loaded_by(name, "--help")
     assert COMMANDS[name].module in modules
     assert not modules & absent
+
+
+# Ctrl-C in the middle of an import: when the module of that name is looked for.
+INTERRUPTED = """
+import signal, sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == {name!r}:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+_scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+SCRIPT = "from {} import {} as main; main()".format(*_scripts["ternbus"].split(":"))
+
+
+@pytest.mark.parametrize("name", ["typer", "ternbus.broker.complaint", "ternbus.aggregator.shell.cli"])
+@pytest.mark.parametrize("entry", [SCRIPT, "import runpy; runpy.run_module('ternbus', run_name='__main__')"])
+def test_an_interrupt_while_the_command_is_imported_is_no_traceback(name: str, entry: str) -> None:
+    code = INTERRUPTED.format(name=name) + entry
+    done = ended([sys.executable, "-P", "-c", code, "aggregator", "--help"], ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("name", ["numpy", "ternbus.edge.shell.agent"])
+def test_an_interrupt_while_a_device_s_process_is_imported_is_no_traceback(name: str) -> None:
+    entry = "import runpy; runpy.run_module('ternbus.edge.shell', run_name='__main__')"
+    done = ended([sys.executable, "-P", "-c", INTERRUPTED.format(name=name) + entry, "{}"], ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_an_unknown_command_is_a_usage_error_that_suggests_the_nearest() -> None:

@@ -1,11 +1,22 @@
-"""`python -m ternbus` is the command `ternbus`."""
+"""The command `ternbus`, and `python -m ternbus`: so small that Ctrl-C during the imports gives no traceback."""
 
 import sys
+
+
+def main() -> None:
+    """Run the command line of this process; as `ternbus.command.main`."""
+    try:
+        from ternbus.command import main as command  # noqa: PLC0415 - within
+
+        command()
+    except KeyboardInterrupt:
+        from ternbus.broker.exit_codes import EXIT_INTERRUPTED  # noqa: PLC0415 - only then
+
+        sys.exit(EXIT_INTERRUPTED)
+
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
         # The current folder may contain a file such as typer.py. The command `ternbus` does not import from there.
         del sys.path[0]
-    from ternbus.command import main
-
     main()

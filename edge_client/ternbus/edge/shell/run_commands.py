@@ -32,7 +32,7 @@ def run_device(folder: Path, role: "Role", options: Options, *, as_json: bool) -
     request = {"folder": str(folder), "role": role, "options": asdict(options), "as_json": as_json}
     if "torch" not in sys.modules:
         sys.stdout.flush()
-        command = [sys.executable, "-P", "-m", "ternbus.edge.shell.process", json.dumps(request)]
+        command = [sys.executable, "-P", "-m", "ternbus.edge.shell", json.dumps(request)]
         os.execv(sys.executable, command)  # noqa: S606 - ourselves, without a shell
     from ternbus.edge.shell import process  # noqa: PLC0415 - with numpy and the core, which the commands do without
 
