@@ -205,3 +205,22 @@ def test_a_command_that_fails_at_a_damaged_row_names_it(whole: Path, tmp_path: P
         assert failed is None or isinstance(failed, CorruptError), failed
         named += [table] if "is not as it was written; run `ternbus aggregator check" in str(failed) else []
     assert named, "no table was read"
+
+
+@pytest.mark.parametrize("command", ["status", "status --check", "metrics", "versions", "devices", "invitations"])
+def test_a_command_that_fails_at_what_it_shows_of_a_damaged_row_names_it(
+    whole: Path, tmp_path: Path, command: str
+) -> None:
+    """A time of another type, or of no calendar, is read as it is; it ended the command with a traceback."""
+    named = []
+    for damage in ("'x'", str(2**62)):
+        for table, column in (("versions", "made_at"), ("devices", "seen_at"), ("invitations", "expires_at")):
+            home = Path(shutil.copytree(whole, tmp_path / f"{table}{len(damage)}"))
+            execute(home, f"UPDATE {table} SET {column} = {damage}")
+            done = CliRunner().invoke(app, [*command.split(), str(home)])
+            failed = done.exception
+            assert failed is None or isinstance(failed, CorruptError | SystemExit), failed
+            named += (
+                [table] if f"{table} " in (said := f"{failed}{done.output}") and "as it was written" in said else []
+            )
+    assert named, "no damage was met"

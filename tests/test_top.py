@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +11,7 @@ from support.commands import typed
 from support.small_world import Bench, ternary_block
 from ternbus.aggregator.shell import examination
 from ternbus.aggregator.shell.examination import Examination
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import ConfigError
 from ternbus.command import app
 
@@ -66,6 +68,22 @@ def test_r_looks_again_and_an_error_is_shown_and_ends_nothing(make: Make) -> Non
     assert asyncio.run(_looked(look))[0] == "cannot be read: the directory is away"
     assert asyncio.run(_looked(look, "r"))[0].startswith("health: down")
     assert len(looks) == 3
+
+
+def test_a_damaged_row_is_named_and_ends_nothing(make: Make) -> None:
+    bench = make()
+    bench.join("pi")
+    bench.ledger.db.execute("UPDATE devices SET seen_at = 'x'")
+
+    async def looked() -> str:
+        look, blame = partial(examination.look, bench.directory), partial(blaming, bench.directory)
+        screen = top.Top(look, broker="mqtt://broker", every_s=3600.0, blaming=blame)
+        async with screen.run_test(size=(140, 50)) as pilot:
+            await screen.workers.wait_for_complete()
+            await pilot.pause()
+            return shown(screen)[0]
+
+    assert "devices pi is not as it was written" in asyncio.run(looked())
 
 
 def test_the_command_has_help_and_wants_a_directory() -> None:

@@ -16,7 +16,7 @@ from ternbus.aggregator.dashboard.devices import Devices
 from ternbus.aggregator.dashboard.history import KEPT, RECENT, History
 from ternbus.aggregator.shell import administration, examination, log
 from ternbus.aggregator.store import merge_log, version_traffic
-from ternbus.aggregator.store.ledger import reading
+from ternbus.aggregator.store.ledger import blaming, reading
 from ternbus.broker.errors import ConfigError, FederationError
 
 EVERY_S: Final = 1.0
@@ -137,7 +137,8 @@ class Reader:
         """In the reader's thread. A fault is a value: nobody may take the figures of before for those of now."""
         before = self._before
         try:
-            state, seen = self._read()
+            with blaming(self.directory):
+                state, seen = self._read()
         except (FederationError, OSError) as error:
             fault = f"the ledger cannot be read: {error}"
         except Exception:  # noqa: BLE001 - a bug must not leave old figures on the page as if they were new

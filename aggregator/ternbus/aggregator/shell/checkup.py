@@ -9,7 +9,7 @@ from ternbus.aggregator.core.registry import ACTIVE
 from ternbus.aggregator.shell import administration, examination, transport
 from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control
-from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.aggregator.store.ledger import LEDGER, blaming
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade, Result, failed, ok, warning
 from ternbus.broker.errors import FederationError
@@ -32,7 +32,8 @@ def examine(directory: Path) -> Iterator[Result]:
     yield from checkup.secrets(directory / name for name in (administration.KEY, TLS_KEY))
     try:
         settings = administration.load_settings(directory)
-        seen = examination.look(directory, versions_max=examination.INTERVALS)
+        with blaming(directory):
+            seen = examination.look(directory, versions_max=examination.INTERVALS)
     except FederationError as problem:
         yield failed("settings", str(problem))
         return

@@ -43,6 +43,7 @@ from ternbus.aggregator.shell.service import Service
 from ternbus.aggregator.shell.transport import in_folder as credentials_in
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
@@ -304,8 +305,9 @@ def devices(directory: Dir, as_json: AsJson = False) -> None:
 
     Example: ternbus aggregator devices agg
     """
-    found = status_command.looked(directory, examination.INTERVALS).found
-    typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
+    with blaming(directory):
+        found = status_command.looked(directory, examination.INTERVALS).found
+        typer.echo(json.dumps(found["devices"]) if as_json else "\n".join(status_text.device_table(found)))
 
 
 @app.command()

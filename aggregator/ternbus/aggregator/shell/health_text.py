@@ -41,7 +41,11 @@ def age(seconds: float) -> str:
 
 
 def moment(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    """A time in Unix seconds, as this machine's clock shows it; OverflowError where no clock does."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except OSError as error:  # as if it were a disk's
+        raise OverflowError(str(error)) from error
 
 
 def _process(health: Health, now: float, broker: str) -> str:

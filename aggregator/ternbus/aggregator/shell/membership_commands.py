@@ -3,16 +3,18 @@
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from ternbus.aggregator.core.registry import EVALUATOR, HELPER
 from ternbus.aggregator.shell import administration, backup, quickstart
 from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot, ExpiresIn, InvitedHelpers
+from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import status as statuses
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import ConfigError, StorageError
 from ternbus.broker.files import make_folder
 from ternbus.broker.text_table import text_table
@@ -124,19 +126,21 @@ def invitations(
     administration.load_settings(directory)
     for device in cancel or ():
         administration.cancel(directory, device, software())
-    found = statuses.invitations(directory, time.time())
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
+    with blaming(directory):
+        found = statuses.invitations(directory, time.time())
+        typer.echo(json.dumps(found) if as_json else "\n".join(_invitations(found)))
+
+
+def _invitations(found: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = []
     for row in found:
-        made, ends = (time.strftime("%Y-%m-%d %H:%M", time.localtime(row[name])) for name in ("made_at", "expires_at"))
+        made, ends = (moment(row[name])[:-3] for name in ("made_at", "expires_at"))  # to the minute
         newcomer = NEWCOMERS.get(row["role"], "a new device")
         purpose = newcomer if row["key_state"] is None else f"a new key ({row['key_state']} now)"
         if row["role"] == HELPER and row["key_state"] is not None:
             purpose = "a helper, again under its key"
         rows.append((row["device"], row["state"], made, ends, purpose))
-    typer.echo("\n".join(text_table(dict.fromkeys(("device", "state", "made", "ends", "for"), "<"), rows)))
+    return text_table(dict.fromkeys(("device", "state", "made", "ends", "for"), "<"), rows)
 
 
 def revoke(

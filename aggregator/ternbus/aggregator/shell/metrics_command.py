@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ternbus.aggregator.shell.arguments import DirAsRoot
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker import files
 from ternbus.broker.files import replacing, storing
 from ternbus.broker.folder_owner import act_as_owner
@@ -33,8 +34,10 @@ def metrics(
 
     if textfile is None:
         act_as_owner(directory)
-        typer.echo(exposition(directory)[0].decode(), nl=False)
+    with blaming(directory):
+        body, _ = exposition(directory)
+    if textfile is None:
+        typer.echo(body.decode(), nl=False)
         return
-    body, _ = exposition(directory)
     with storing(textfile), replacing(textfile) as partial:
         files.write_text(partial, body.decode())

@@ -11,6 +11,7 @@ from ternbus.aggregator.core.health import State, monitor_text
 from ternbus.aggregator.shell import administration, examination, health_text, status_text
 from ternbus.aggregator.shell.arguments import AsJson, DirAsRoot
 from ternbus.aggregator.shell.examination import Examination
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import FederationError
 from ternbus.broker.folder_owner import act_as_owner
 
@@ -37,19 +38,27 @@ def status(directory: DirAsRoot, as_json: AsJson = False, check: Check = False) 
     """
     if not check:
         act_as_owner(directory)
-        found = looked(directory, VERSIONS_MAX if as_json else examination.INTERVALS)
-        broker = administration.load_settings(directory).broker
-        opening = health_text.lines(found.health, time.time(), broker)
-        typer.echo(json.dumps(found.found) if as_json else "\n".join([*opening, "", status_text.summary(found.found)]))
+        with blaming(directory):
+            typer.echo(_shown(directory, as_json=as_json))
         return
     try:
         act_as_owner(directory)
-        health = examination.look(directory, examination.INTERVALS).health
+        with blaming(directory):
+            health = examination.look(directory, examination.INTERVALS).health
+            line = json.dumps(health.as_json()) if as_json else health.line()
     except (FederationError, OSError) as error:
         typer.echo(monitor_text(State.UNKNOWN.name, str(error)))
         raise typer.Exit(State.UNKNOWN) from error
-    typer.echo(json.dumps(health.as_json()) if as_json else health.line())
+    typer.echo(line)
     raise typer.Exit(health.state)
+
+
+def _shown(directory: Path, *, as_json: bool) -> str:
+    seen = looked(directory, VERSIONS_MAX if as_json else examination.INTERVALS)
+    if as_json:
+        return json.dumps(seen.found)
+    opening = health_text.lines(seen.health, time.time(), administration.load_settings(directory).broker)
+    return "\n".join([*opening, "", status_text.summary(seen.found)])
 
 
 def looked(directory: Path, versions_max: int) -> Examination:

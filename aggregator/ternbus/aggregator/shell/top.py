@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Final
 
 from textual.app import App, ComposeResult
@@ -20,6 +21,7 @@ DEVICES_MAX: Final = 500  # that are shown, those with a finding first; a screen
 VERSIONS_MAX: Final = 20
 DEVICES: Final = ("device", "state", "updates", "staleness", "last answer", "refused", "stale", "loss", "seen", "wrong")
 VERSIONS: Final = ("version", "updates", "staleness", "metric", "age")
+Tables = Mapping[str, list[list[str]]]  # the cells of each row, by the table's id
 
 
 class Top(App[None]):
@@ -30,10 +32,17 @@ class Top(App[None]):
     CSS = "#health { height: auto; padding: 0 1; } DataTable { height: auto; margin: 1 0 0 0; }"
     BINDINGS: ClassVar[list[BindingType]] = [("q", "quit", "Quit"), ("r", "look", "Look now")]
 
-    def __init__(self, look: Callable[[], Examination], *, broker: str, every_s: float) -> None:
-        """``look`` examines the aggregator; ``broker`` is the address to show."""
+    def __init__(
+        self,
+        look: Callable[[], Examination],
+        *,
+        broker: str,
+        every_s: float,
+        blaming: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``look`` examines the aggregator, and ``blaming`` says what is damaged; ``broker`` is the address to show."""
         super().__init__()
-        self._look_at = look
+        self._look_at, self._blaming = look, blaming
         self._broker = broker
         self._every_s = every_s
 
@@ -57,30 +66,35 @@ class Top(App[None]):
 
     def _look(self) -> None:
         worker = get_current_worker()
+        tables: Tables | None = None
         try:
-            found: Examination | str = self._look_at()
+            with self._blaming():
+                seen, now = self._look_at(), time.time()
+                text = "\n".join(health_text.lines(seen.health, now, self._broker))
+                tables = {"#devices": _devices(seen, now), "#versions": _versions(seen, now)}
         except (FederationError, OSError) as error:
-            found = f"cannot be read: {error}"
+            text = f"cannot be read: {error}"
         if not worker.is_cancelled:
-            self.call_from_thread(self._show, found)
+            self.call_from_thread(self._show, text, tables)
 
-    def _show(self, seen: Examination | str) -> None:
-        health = self.query_one("#health", Static)
-        if isinstance(seen, str):
-            health.update(seen)
-            return
-        now = time.time()
-        health.update("\n".join(health_text.lines(seen.health, now, self._broker)))
-        wrong = {each.subject: each.kind for each in reversed(seen.health.findings) if each.subject}
-        devices = self.query_one("#devices", DataTable)
-        devices.clear()
-        rows = sorted(seen.found["devices"].items(), key=lambda row: (row[0] not in wrong, row[0]))
-        for name, row in rows[:DEVICES_MAX]:
-            devices.add_row(*_device(name, row, wrong.get(name, ""), now))
-        versions = self.query_one("#versions", DataTable)
-        versions.clear()
-        for row in reversed(seen.found["versions"][-VERSIONS_MAX:]):
-            versions.add_row(*_version(row, seen.found["metric"], now))
+    def _show(self, text: str, tables: Tables | None) -> None:
+        """The health, and the rows of both tables; None leaves them."""
+        self.query_one("#health", Static).update(text)
+        for name, rows in (tables or {}).items():
+            table = self.query_one(name, DataTable)
+            table.clear()
+            table.add_rows(rows)
+
+
+def _devices(seen: Examination, now: float) -> list[list[str]]:
+    wrong = {each.subject: each.kind for each in reversed(seen.health.findings) if each.subject}
+    rows = sorted(seen.found["devices"].items(), key=lambda row: (row[0] not in wrong, row[0]))
+    return [_device(name, row, wrong.get(name, ""), now) for name, row in rows[:DEVICES_MAX]]
+
+
+def _versions(seen: Examination, now: float) -> list[list[str]]:
+    rows = reversed(seen.found["versions"][-VERSIONS_MAX:])
+    return [_version(row, seen.found["metric"], now) for row in rows]
 
 
 def _device(name: str, row: Mapping[str, Any], wrong: str, now: float) -> list[str]:

@@ -8,6 +8,7 @@ import typer
 
 from ternbus.aggregator.shell import administration, examination
 from ternbus.aggregator.shell.arguments import Dir
+from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import ConfigError
 
 app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,4 +36,4 @@ def top(
     except ModuleNotFoundError as error:
         raise ConfigError("`ternbus top` needs textual; run: pip install 'ternbus[top]'") from error
     look = partial(examination.look, directory, VERSIONS_MAX)
-    Top(look, broker=settings.broker, every_s=every).run()
+    Top(look, broker=settings.broker, every_s=every, blaming=partial(blaming, directory)).run()

@@ -10,7 +10,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import AsJson, Dir
 from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import tracing
-from ternbus.aggregator.store.ledger import reading
+from ternbus.aggregator.store.ledger import blaming, reading
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol.frame import COUNTER_MAX
@@ -36,7 +36,8 @@ def trace(
     if as_json:
         typer.echo(json.dumps({"device": device, "seq": seq, "updates": found}))
     else:
-        typer.echo("\n".join(line for row in found for line in _lines(device, seq, row)))
+        with blaming(directory):
+            typer.echo("\n".join(line for row in found for line in _lines(device, seq, row)))
     if all(row["state"] in {tracing.FORGOTTEN, tracing.UNKNOWN} for row in found):
         raise typer.Exit(EXIT_FAILED)
 

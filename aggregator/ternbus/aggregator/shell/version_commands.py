@@ -13,7 +13,7 @@ from ternbus.aggregator.shell.arguments import AsJson, Dir, DirAsRoot
 from ternbus.aggregator.shell.health_text import moment
 from ternbus.aggregator.store import tags, version_rows
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
-from ternbus.aggregator.store.ledger import reading, writing
+from ternbus.aggregator.store.ledger import blaming, reading, writing
 from ternbus.aggregator.store.tags import Tag
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.plural import counted
@@ -46,13 +46,15 @@ def versions(
     with reading(directory) as ledger:
         found = version_rows.read(ledger, count, () if version is None else (version,))
     if version is None:
-        typer.echo(json.dumps(found) if as_json else "\n".join(_table(found)))
+        with blaming(directory):
+            typer.echo(json.dumps(found) if as_json else "\n".join(_table(found)))
         return
     rows = [row for row in found["versions"] if row["version"] == version]
     if not rows:
         raise ConfigError(f"there is no version {version}; the newest is {found['newest']}")
     shown = {**rows[0], "contributions": _contributions(directory, version)}
-    typer.echo(json.dumps(shown) if as_json else "\n".join(_page(shown)))
+    with blaming(directory):
+        typer.echo(json.dumps(shown) if as_json else "\n".join(_page(shown)))
 
 
 def _contributions(directory: Path, version: int) -> list[dict[str, Any]]:

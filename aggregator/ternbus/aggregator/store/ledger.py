@@ -33,6 +33,7 @@ from ternbus.broker.protocol.ternary import Block
 LEDGER: Final = "ledger.sqlite"
 CHECKPOINT_S: Final = 1.0
 KINDS: Final = "kinds"  # the name of a fact
+FAULTS: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # that a damaged row may cause
 ARCHIVED: Final = "archived:"  # before a device's name: the count of its updates in archives
 
 
@@ -112,7 +113,7 @@ class Ledger:
         """CorruptError in place of an error that a row may have caused which is not as it was written."""
         try:
             yield
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except FAULTS as error:
             for fault in chain.from_iterable(checksums.damaged(self.db, table) for table in checksums.COLUMNS):
                 raise self.corrupt(f"{fault} is not as it was written") from error
             raise
@@ -379,6 +380,16 @@ def reading(directory: Path) -> Iterator[Ledger]:
     """A directory's ledger beside its writer, as it is at one moment; its rows are checked where reading them fails."""
     with closing(Ledger(directory / LEDGER, read_only=True)) as ledger, ledger.one_moment(), ledger.blaming_rows():
         yield ledger
+
+
+@contextmanager
+def blaming(directory: Path) -> Iterator[None]:
+    """As `Ledger.blaming_rows`, for what is made of a ledger's rows once it is closed: most fail as they are shown."""
+    try:
+        yield
+    except FAULTS:
+        with reading(directory):
+            raise
 
 
 @contextmanager
