@@ -141,6 +141,21 @@ def test_fadas_shrinks_its_rate_by_the_latest_update_as_the_paper_says_and_as_it
     assert [length(late, divided=True) for late in (2, 3, 8)] == pytest.approx([0.5, 0.5 / 3, 0.5 / 8], rel=1e-4)
 
 
+@pytest.mark.parametrize("clients", ["x", 0, 2.5, True])
+def test_ca2fl_takes_a_number_of_clients(clients: Any) -> None:
+    with pytest.raises(ConfigError, match="ca2fl"):
+        ca2fl(clients)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("rate", -1), ("rate", 0), ("rate", "x"), ("epsilon", 0.0), ("beta1", 1), ("beta2", np.nan), ("threshold", "x")],
+)
+def test_fadas_refuses_what_its_formula_cannot_take(name: str, given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"fadas\(.*{name}"):
+        fadas(**{name: given})
+
+
 def test_fadas_has_no_negative_threshold() -> None:
     with pytest.raises(ConfigError, match=r"fadas\(threshold=-1\)"):
         fadas(threshold=-1)

@@ -341,3 +341,17 @@ def test_a_device_with_the_example_reports_on_its_client_s_validation_data() -> 
 def test_what_is_no_function_is_refused(argument: str) -> None:
     with pytest.raises(ConfigError, match=f"the task mine: {argument} is int, but must be a function"):
         FlowerTask(**dict[str, Any](name="mine", client_fn=print) | {argument: 3})
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "kind"),
+    [
+        ("run_config", 3, "a dict"),
+        ("default_plan", "x", "a dict"),
+        ("names", "w", "a list of texts"),
+        ("plan_keys", [1], "a list of texts"),
+    ],
+)
+def test_what_is_no_dict_or_list_is_refused(argument: str, given: object, kind: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"the task mine: {argument} is {given!r}, but must be {kind}")):
+        FlowerTask(**dict[str, Any](name="mine", client_fn=print) | {argument: given})

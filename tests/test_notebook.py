@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -112,6 +113,48 @@ def test_by_a_column_makes_a_device_of_each_value_and_takes_the_column_out_of_th
     kept = federation(clients=None, data=(numbered, targets), partition=by("user", keep=True), test=0.2)
     other: Any = kept.trainer(0)
     assert other.data.batch(slice(None))[0].shape[1] == 11
+
+
+@pytest.mark.parametrize("absent", [None, np.nan, pd.NA, pd.NaT])
+def test_an_owner_that_is_not_given_is_named_by_its_row(absent: Any) -> None:
+    inputs, targets = numbers(9)
+    owners = pd.Series([*"aaabb", absent, *"bcc"], dtype=object)
+    for given in (owners, pd.DataFrame({"owner": owners})):
+        with pytest.raises(ConfigError, match="the data have no label in row 5 of their owners"):
+            federation(clients=None, data=(inputs, targets), owners=given, partition=natural(), test=(inputs, targets))
+    numbered = np.array([0, 0, 1, 1, 2, np.nan, 2, 2, 2])
+    with pytest.raises(ConfigError, match="the data have no label in row 5 of their owners"):
+        federation(clients=None, data=(inputs, targets), owners=numbered, test=0.2)
+
+
+def test_a_column_that_is_missing_is_told_with_the_first_of_many_columns() -> None:
+    inputs, targets = numbers(9)
+    wide = pd.DataFrame({f"column_{number}": inputs[:, 0] for number in range(300)})
+    with pytest.raises(ConfigError) as raised:
+        federation(clients=None, data=(wide, targets), partition=by("colum_1"), test=0.2)
+    assert "there is no column 'colum_1' (do you mean column_1?): the columns are column_0, " in str(raised.value)
+    assert "column_9 and 290 more: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        ({"learnig_rate": 0.1}, "plan: learnig_rate is an unknown key: do you mean learning_rate?"),
+        ({"learning_rate": -1}, "plan: learning_rate is -1, not within 0 and 1000"),
+    ],
+)
+def test_a_plan_is_checked_as_the_federation_is_made(plan: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        federation(plan=plan)
+    assert federation(plan={"mine": 1}, plan_keys=["mine"]).task.default_plan == {"mine": 1}
+
+
+def test_a_search_says_which_argument_is_of_another_type() -> None:
+    for search in (sweep, tune):
+        with pytest.raises(ConfigError, match=f"{search.__name__}.. searches with a Federation, and not with 'f'"):
+            search("f", {"plan.learning_rate": [0.1]})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="space is 'x', but must be a dict"):
+            search(federation(), "x")  # type: ignore[arg-type]
 
 
 def test_owners_divide_the_samples_without_a_partition() -> None:

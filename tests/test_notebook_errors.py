@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import nbformat
 import pytest
 
 from ternbus.broker.errors import ConfigError
+from ternbus.lab import ClientError
+from ternbus.lab.notebook.callbacks import checked
 
 RUN = """
 import sys, nbformat
@@ -66,6 +69,8 @@ def test_a_kernel_shows_the_lines_of_the_cells_and_the_text(tmp_path: Path) -> N
     said = next(line for line in client if line.startswith("ClientError: a, training on version 0: a "))
     assert re.search(place, said)
     assert "ValueError: no such digit" in client  # the traceback of the user's own function
+    assert 'raise ValueError("no such digit")' in map(str.strip, client)
+    assert not [line for line in client if line.startswith("  File ") and "ipykernel" not in line]
     assert evaluation[-2].strip() == 'raise ValueError("no such digit")'  # the line, though another error names it
     assert re.search(place, evaluation[-1])
     assert len(evaluation) == 5
@@ -88,6 +93,23 @@ def test_the_lines_of_an_error_are_those_of_its_causes_too() -> None:
         '_ = dict[str, int]()["cause"]',
     ]
     assert lines[-2:] == ["ConfigError: give another", "a note"]
+
+
+def test_of_the_traceback_of_a_client_s_code_the_lines_of_ternbus_are_left_out() -> None:
+    given: Any = [test_an_error_that_is_its_own_cause_is_shown_once, 3]
+    try:
+        checked(given)
+    except ConfigError as wrong:
+        trace = "".join(traceback.format_exception(wrong))
+    error = ClientError("a", 0, "a bug in the task")
+    error.add_note(trace)
+    said = "\n".join(error._render_traceback_()).splitlines()
+    place, line = next((number, line) for number, line in enumerate(said) if line.startswith("  File "))
+    assert "test_notebook_errors.py" in line
+    assert said[place + 1].strip() == "checked(given)"
+    assert said[-1].startswith("ternbus.broker.errors.ConfigError: callbacks has 3: ")
+    assert ("callbacks.py" in trace, "callbacks.py" in "".join(said)) == (True, False)
+    assert error.__notes__ == [trace]  # whole, wherever else it is shown
 
 
 def test_an_error_that_is_its_own_cause_is_shown_once() -> None:

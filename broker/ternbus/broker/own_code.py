@@ -1,5 +1,7 @@
 """Which frames of a traceback are of the user's own code: of a task, a script or a cell of a notebook."""
 
+import re
+import sys
 import traceback
 from collections.abc import Iterator
 from types import FrameType
@@ -8,6 +10,7 @@ from typing import Final
 OURS: Final = "ternbus"  # a namespace package: a folder of this name would become a part of it
 STANDARD_LIBRARY: Final = traceback.__file__.removesuffix("traceback.py")
 TRAVELLED: Final = "<dynamic-code>"  # the file of a notebook's function that cloudpickle has brought to this process
+FRAME: Final = re.compile(r'^  File "(.+)", line [0-9]+, in .*\n(?:    .*\n)*', re.MULTILINE)  # of a traceback's text
 CELL: Final = "<ipython-input-"  # of IPython in a terminal; a notebook's cells have a path
 
 
@@ -20,6 +23,13 @@ def is_own(file: str) -> bool:
 def own_frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     """The frames of the traceback that run the user's own code, and their lines, the outermost first."""
     return ((frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _runs_own(frame))
+
+
+def own_part(trace: str) -> str:
+    """A traceback's text without the frames of Ternbus, of installed packages and of Python."""
+    components = [module for name, module in [*sys.modules.items()] if re.fullmatch(rf"{OURS}\.\w+", name)]
+    roots = tuple(f"{root}/" for each in components for root in getattr(each, "__path__", ()))
+    return FRAME.sub(lambda frame: frame[0] if is_own(frame[1]) and not frame[1].startswith(roots) else "", trace)
 
 
 def _runs_own(frame: FrameType) -> bool:

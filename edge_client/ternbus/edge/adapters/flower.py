@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
-from ternbus.edge.adapters.foreign import check_functions, place_of, seeded
+from ternbus.edge.adapters.foreign import check_functions, check_lists, check_tables, place_of, seeded
 from ternbus.edge.learn.failure import looking_at_data
 from ternbus.edge.learn.partition_spec import Partition, PartitionError
 from ternbus.edge.learn.task import Evaluation, Trained
@@ -75,6 +75,8 @@ class FlowerTask:
     def __post_init__(self) -> None:
         functions = {"client_fn": self.client_fn, "on_fit_config_fn": self.on_fit_config_fn}
         check_functions(self.name, **functions, evaluate_fn=self.evaluate_fn)
+        check_tables(self.name, run_config=self.run_config, default_plan=self.default_plan, better=self.better)
+        check_lists(self.name, plan_keys=self.plan_keys, names=self.names)
 
     def initial(self, seed: int) -> dict[str, FloatArray]:
         """The arrays of a new client, part 0 of 1, which is made with this seed."""

@@ -4,7 +4,7 @@ import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,26 @@ def check_functions(task: str, **functions: object) -> None:
     for name, given in functions.items():
         if given is not None and not callable(given):
             raise ConfigError(f"the task {task}: {name} is {type(given).__name__}, but must be a function")
+
+
+def check_tables(task: str, **tables: object) -> None:
+    """Raise `ConfigError` for an argument of a task that is no dict."""
+    for name, given in tables.items():
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"the task {task}: {name} is {given!r}, but must be a dict")
+
+
+def check_lists(task: str, **lists: object) -> None:
+    """Raise `ConfigError` for an argument of a task that is no list of texts, and is not None."""
+    for name, given in lists.items():
+        if given is None:
+            continue
+        if (
+            isinstance(given, str)
+            or not isinstance(given, Collection)
+            or not all(isinstance(one, str) for one in given)
+        ):
+            raise ConfigError(f"the task {task}: {name} is {given!r}, but must be a list of texts")
 
 
 def place_of(function: Callable[..., object]) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 import ternbus.edge.torch.torchvision_ops  # noqa: F401 - before a library that imports torchvision
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
-from ternbus.edge.adapters.foreign import seeded
+from ternbus.edge.adapters.foreign import check_tables, seeded
 from ternbus.edge.learn.task import Evaluation, Trained, TrainingError
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import Tensors
@@ -75,6 +75,7 @@ class LightningTask(TorchTask):
         super().__init__(name=name, model=module, data=data, owners=owners, collate=collate, workers=workers)
         self.better = better or {}
         self.options = trainer or {}
+        check_tables(self.name, default_plan=default_plan or {}, better=self.better, trainer=self.options)
         made = module()
         for method in ("training_step", "validation_step", "configure_optimizers"):
             if not callable(getattr(made, method, None)):

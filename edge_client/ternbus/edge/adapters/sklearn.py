@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.estimators import Estimator, Labels, Matrix, Model, refused
-from ternbus.edge.adapters.foreign import check_functions, place_of
+from ternbus.edge.adapters.foreign import check_functions, check_tables, place_of
 from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Rows
@@ -52,6 +52,7 @@ class SklearnTask:
 
     def __post_init__(self) -> None:
         kind = type(self.estimator).__name__
+        check_tables(self.name, default_plan=self.default_plan, metrics=self.metrics)
         measures = {f"the metric {name!r}": each.compute for name, each in self.measures.items()}
         check_functions(self.name, data=self.data, owners=self.owners, **measures)
         if isinstance(self.estimator, type) or not hasattr(self.estimator, "get_params"):

@@ -12,6 +12,9 @@ from ternbus.broker.errors import ConfigError
 QUANTILES: Final = 10
 """The number of bins of a regression target, equally full where its values differ."""
 
+ABSENT: Final = ("NAType", "NaTType")
+"""Of pandas: what stands in the place of a label that is not there."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -93,4 +96,19 @@ def checked(labels: object, rows: int, what: str) -> Labels:
         raise ConfigError(
             f"the data have {many} {what} of {rows} samples: there must be one for each row of the training data"
         )
+    if (row := _missing(found)) is not None:
+        raise ConfigError(f"the data have no label in row {row} of their {what}: give one, or remove such rows")
     return Labels.of(found)
+
+
+def _missing(found: npt.NDArray[Any]) -> int | None:
+    """The first row, from 0, whose label is None, NaN or another sign of its absence."""
+    if found.dtype.kind == "f":
+        rows = np.isnan(found)
+    elif found.dtype.kind in "mM":
+        rows = np.isnat(found)
+    elif found.dtype.hasobject:
+        rows = np.array([one is None or type(one).__name__ in ABSENT or bool(one != one) for one in found], bool)  # noqa: PLR0124 - as NaN
+    else:
+        return None
+    return int(rows.argmax()) if rows.any() else None

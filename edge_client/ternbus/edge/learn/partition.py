@@ -35,12 +35,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.spelling import meant
 from ternbus.edge.learn import draws, labels
 from ternbus.edge.learn.labels import Indices, Labels
 from ternbus.edge.learn.partition_spec import Kind, Partition, PartitionError
 
 HOLD_OUT_SAMPLES_MIN = 3
 ROUNDING = 1e-9  # 0.3 · 10 is a little less than 3 in binary
+SHOWN_COLUMNS: Final = 10
 REMEMBERED: Final = 4  # data of tasks whose trainers are made one by one
 
 _watching: ContextVar[list["Rows"] | None] = ContextVar("_watching", default=None)
@@ -200,13 +202,22 @@ class Rows:
                 found = (
                     None if column is None else labels.checked(column, self.samples, f"values in {partition.column}")
                 )
-                names = f"the columns are {', '.join(self.columns)}" if self.columns else "these data have no columns"
-                problem = f"there is no column {partition.column!r}: {names}"
+                problem = (
+                    f"there is no column {partition.column!r}{meant(partition.column, self.columns)}: {self._named}"
+                )
             case _:
                 found, problem = self.bins, "the data have no classes to split by, nor one number for each sample"
         if found is None:
             raise PartitionError(partition.spec, problem, self.kinds)
         return found
+
+    @property
+    def _named(self) -> str:
+        """The columns in words, the first of many."""
+        if not self.columns:
+            return "these data have no columns"
+        more = len(self.columns) - SHOWN_COLUMNS
+        return f"the columns are {', '.join([*self.columns][:SHOWN_COLUMNS])}{f' and {more} more' if more > 0 else ''}"
 
     def division(self, partition: Partition) -> Division:
         """The parts of all devices. Raises `ConfigError` if these data cannot be divided so."""

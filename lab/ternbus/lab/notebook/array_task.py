@@ -69,7 +69,11 @@ class Arrays:
         if not 0 < share < 1:
             raise ConfigError(f"test is {share:g}: the share that is set aside must be between 0 and 1")
         by_number = isinstance(self.owners, np.ndarray)
-        codes = self.owners if by_number else np.zeros(len(self.train), np.int64)
+        codes = (
+            labels.checked(self.owners, len(self.train), "owners").codes
+            if by_number
+            else np.zeros(len(self.train), np.int64)
+        )
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self.train))
         chosen = np.zeros(len(self.train), bool)
         for code in np.unique(codes):

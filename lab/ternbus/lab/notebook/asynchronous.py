@@ -8,6 +8,7 @@ import numpy as np
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.lab.notebook.algorithms import Pair, Update
+from ternbus.lab.notebook.simulated import whole
 
 _Caches = Mapping[str, Tensors]  # the newest update of each client
 
@@ -23,8 +24,10 @@ def ca2fl(clients: int) -> Pair:
 
     v_t is the change. The server optimizer applies it with the paper's global rate eta, `optimizer.learning_rate`.
     `clients` is N. Neither samples nor staleness weigh; of two updates of a client in S the later is kept. The server
-    holds a model for each client. Raises `ConfigError` for updates of more than `clients` clients.
+    holds a model for each client. Raises `ConfigError` for what is no number of clients, and for updates of more.
     """
+    if whole("ca2fl(): clients", clients) < 1:
+        raise ConfigError(f"ca2fl({clients}): it is the number of all clients, 1 or more")
 
     def init(model: Tensors) -> tuple[_Caches, Tensors]:
         return {}, {name: np.zeros_like(tensor) for name, tensor in model.items()}
@@ -69,9 +72,17 @@ def fadas(
     m, v and u begin at 0. `rate` is eta, `threshold` tau_c. A rate below 1 / tau is never shrunk by that formula; with
     `divided` eta_t is eta / tau there, as in the code that the authors released. Statistics, such as those of batch
     norm, follow Delta itself. Use both pairs in one run: the optimizer learns tau from the rule. Raises `ConfigError`
-    for a negative `threshold`.
+    for a negative `threshold`, for a `rate` or an `epsilon` that is not above 0, and for a beta outside [0, 1).
     """
-    if threshold < 0:
+    numbers = {"rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+    for name, given in numbers.items():
+        if isinstance(given, bool) or not isinstance(given, int | float | np.number) or not np.isfinite(given):
+            raise ConfigError(f"fadas({name}={given!r}): it must be a number")
+        if name in ("rate", "epsilon") and given <= 0:
+            raise ConfigError(f"fadas({name}={given:g}): it must be above 0")
+        if name.startswith("beta") and not 0 <= given < 1:
+            raise ConfigError(f"fadas({name}={given:g}): it must be from 0 to below 1")
+    if whole("fadas(): threshold", threshold) < 0:
         raise ConfigError(f"fadas(threshold={threshold}): it is a number of versions, 0 or more")
     delay = 0
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ternbus.broker.errors import FederationError
+from ternbus.broker.own_code import own_part
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFailed
 from ternbus.edge.shell.worker import TrainingResult
@@ -19,6 +20,10 @@ class ClientError(FederationError):
     def __init__(self, client: str, version: int, reason: str) -> None:
         super().__init__(f"{client}, training on version {version}: {reason}")
         self.client, self.version = client, version
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: of the traceback of the exception, too, the lines of the user's own code."""
+        return [own_part(text) for text in super()._render_traceback_()]
 
 
 class NamedPlace:

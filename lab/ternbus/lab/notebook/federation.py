@@ -9,6 +9,7 @@ from typing import Any, Final
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
+from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.broker.spelling import refuse_unknown
 from ternbus.edge.learn.failure import explained
@@ -98,6 +99,7 @@ class Federation:
                 **form,
                 **{**objectives.arguments_of(loss, metrics), **more},
             )
+            TaskPlan.of(self.task.plan_keys, self.task.default_plan, called="plan")
         self._scenario = self._base()
 
     def _of_task(self, task: Task | str, data: Any, partition: Parts | str | None) -> None:

@@ -108,6 +108,7 @@ def sweep(fed: Federation, space: Mapping[str, Any], *, seeds: int = 1, **argume
     to which `arguments` go, too. Ctrl-C ends the sweep, and what is finished is returned; `KeyboardInterrupt` if that
     is nothing. Raises `ConfigError` for a name that is none, before anything is simulated a second time.
     """
+    _check(fed, space, "sweep")
     space = {name: values.tolist() if isinstance(values, np.ndarray) else values for name, values in space.items()}
     if not space or not all(isinstance(values, list | tuple) and values for values in space.values()):
         raise ConfigError('sweep() needs a list of values for each name, as {"plan.learning_rate": [0.01, 0.1]}')
@@ -184,6 +185,7 @@ def tune(
     go to `simulate`. Ctrl-C ends the search, and what was tried is returned; `KeyboardInterrupt` if no trial is
     finished. Raises `ConfigError` if optuna is missing, or for a space that is none.
     """
+    _check(fed, space, "tune")
     optuna = library("optuna", "'ternbus[tune]'")
     if not space:
         raise ConfigError('tune() needs a range for each name, as {"plan.learning_rate": (0.01, 0.5, "log")}')
@@ -206,6 +208,14 @@ def tune(
     if not any(trial.state.name == "COMPLETE" for trial in study.trials):
         raise KeyboardInterrupt
     return Tuning(metric=name, study=study)
+
+
+def _check(fed: object, space: object, what: str) -> None:
+    """Raise `ConfigError` for the arguments of a search that are of another type."""
+    if not isinstance(fed, Federation):
+        raise ConfigError(f"{what}() searches with a Federation, and not with {fed!r}: {what}(fed, {{name: values}})")
+    if not isinstance(space, Mapping):
+        raise ConfigError(f"{what}(): space is {space!r}, but must be a dict of name to values")
 
 
 def _tried(fed: Federation, trial: Any, space: Mapping[str, Any], metric: str, arguments: Mapping[str, Any]) -> float:
