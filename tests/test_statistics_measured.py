@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ternbus.aggregator.merge import pooled as pooling
 from ternbus.aggregator.merge.pooled import Pooled, quantile
+from ternbus.aggregator.shell.statistics_command import lines
 from ternbus.broker.errors import ConfigError, ProtocolError
 from ternbus.broker.protocol import statistics
 from ternbus.broker.protocol.moments import Moments, total
@@ -296,6 +297,17 @@ def test_failing_code_gives_noise_alone_and_says_why_at_home() -> None:
             replace(wanted, dp="sample"),
             RandomSource(),
         )
+
+
+def test_the_text_states_the_noise_of_labels_and_of_bins() -> None:
+    wanted = request(
+        MOMENTS, HISTOGRAM, LABELS, low=(0.0,), high=(1.0,), bins=4, labels=("0", "1"), dp="sample", noise=1e-3
+    )
+    found = result(wanted, *parts())
+    told = "\n".join(lines({**found, "open": False, "refused": {}, "invalid": {}, "unanswered": []}))
+    assert f"noise of the count of a label: {found['label_noise']:.6g}" in told
+    assert "histogram_noise" in told
+    assert f" {found['features'][0]['histogram_noise']:.6g} " in told
 
 
 def test_only_labels_with_noise() -> None:

@@ -192,6 +192,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         told.append(
             f'with the noise of dp = "{found["dp"]}", multiplier {found["noise"]:g}; counts are in {found["unit"]}'
         )
+    if found.get("label_noise") is not None:
+        told.append(f"noise of the count of a label: {_number(found['label_noise'])}")
     if found["features"]:
         told += ["", *_table(found["features"])]
     if found["labels"]:
@@ -205,7 +207,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _table(features: Sequence[Mapping[str, Any]]) -> list[str]:
-    columns = [name for name in ("count", "dropped", "mean", "mean_noise", "variance", "std") if name in features[0]]
+    columns = [
+        name
+        for name in ("count", "dropped", "mean", "mean_noise", "variance", "std", "histogram_noise")
+        if name in features[0]
+    ]
     names = {"feature": "<", "devices": ">"} | dict.fromkeys(columns, ">")
     has_bins = "quantiles" in features[0]
     names |= {f"{share} quantile": ">" for share in SHOWN} | {"error": ">"} if has_bins else {}
