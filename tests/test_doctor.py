@@ -15,7 +15,9 @@ from ternbus import doctor
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade
 from ternbus.broker.errors import ConfigError
-from ternbus.broker.link.probe import judge
+from ternbus.broker.link.link import Link
+from ternbus.broker.link.probe import NAME, Inbox, judge
+from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
@@ -144,6 +146,22 @@ def test_a_broker_of_ours_passes(engine: Engine, tmp_path: Path) -> None:
             assert grades.pop("limits", "ok") == ("warning" if engine is Engine.NATS else "ok")
             assert {grades.pop(check) for check in ("broker", "retained", "sessions", "access")} == {"ok"}
             assert set(grades.values()) <= {"ok"}
+
+
+@pytest.mark.slow
+def test_a_doctor_that_comes_back_at_once_is_let_in(tmp_path: Path) -> None:
+    """nats-server turns an id away that has replaced itself, as where it has not seen the end of a connection yet."""
+    try:
+        software = running.choose(Engine.NATS)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with running.start(software, host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker:
+        before = [Link(broker.url, client_id=NAME, deliver=Inbox().put, tls=None) for _ in range(2)]
+        for each in before:
+            each.connect(topics.up(NAME, NAME, "status"), b"")
+        assert examined(broker.url, code=1)[broker.url]["broker"][0] == "ok"
+        for each in before:
+            each.abandon()
 
 
 @pytest.mark.slow
