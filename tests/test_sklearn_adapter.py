@@ -346,7 +346,7 @@ def test_what_is_no_function_is_refused_and_a_plain_function_is_a_metric() -> No
         SklearnTask(**mine, data=lambda *_: rows, metrics=bad)
     for name in ("default_plan", "metrics"):
         with pytest.raises(ConfigError, match=f"the task mine: {name} is 'x', but must be a dict"):
-            SklearnTask(**mine, data=lambda *_: rows, **{name: "x"})
+            SklearnTask(**mine, data=lambda *_: rows, **dict[str, Any]({name: "x"}))
     plain = {"worst": lambda predicted, targets: np.abs(predicted - targets).max()}
     task = SklearnTask(**mine, data=lambda *_: rows, metrics=plain)
     assert task.evaluator(data=None).evaluate(task.initial(0)).values["worst"] == 1

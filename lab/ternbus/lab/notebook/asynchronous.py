@@ -74,7 +74,7 @@ def fadas(
     norm, follow Delta itself. Use both pairs in one run: the optimizer learns tau from the rule. Raises `ConfigError`
     for a negative `threshold`, for a `rate` or an `epsilon` that is not above 0, and for a beta outside [0, 1).
     """
-    numbers = {"rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+    numbers: dict[str, Any] = {"rate": rate, "beta1": beta1, "beta2": beta2, "epsilon": epsilon}
     for name, given in numbers.items():
         if isinstance(given, bool) or not isinstance(given, int | float | np.number) or not np.isfinite(given):
             raise ConfigError(f"fadas({name}={given!r}): it must be a number")
