@@ -120,10 +120,13 @@ def test_an_owner_that_is_not_given_is_named_by_its_row(absent: Any) -> None:
     inputs, targets = numbers(9)
     owners = pd.Series([*"aaabb", absent, *"bcc"], dtype=object)
     for given in (owners, pd.DataFrame({"owner": owners})):
-        with pytest.raises(ConfigError, match="the data have no label in row 5 of their owners"):
+        with pytest.raises(ConfigError, match=r"(owners|the column 'owner') has no label in row 5"):
             federation(clients=None, data=(inputs, targets), owners=given, partition=natural(), test=(inputs, targets))
+    frame = pd.DataFrame({"x": inputs[:, 0], "user": owners})
+    with pytest.raises(ConfigError, match="the column 'user' has no label in row 5"):
+        federation(clients=None, data=(frame, targets), partition=by("user"), test=0.2)
     numbered = np.array([0, 0, 1, 1, 2, np.nan, 2, 2, 2])
-    with pytest.raises(ConfigError, match="the data have no label in row 5 of their owners"):
+    with pytest.raises(ConfigError, match="owners has no label in row 5"):
         federation(clients=None, data=(inputs, targets), owners=numbered, test=0.2)
 
 

@@ -41,20 +41,16 @@ class TaskPlan:
             raise ConfigError(f"{DEFAULT}: {fault}")
 
     @classmethod
-    def of(cls, keys: Collection[str], default: Mapping[str, Any], called: str = DEFAULT) -> Self:
+    def of(cls, keys: Collection[str], default: Mapping[str, Any]) -> Self:
         """What a task's ``plan_keys`` and ``default_plan`` are, without the default of its own keys.
 
-        Raises `ConfigError`, in which the plan is ``called`` so, for one that a device would refuse, or with a key that
-        nobody knows.
+        Raises `ConfigError` for a default plan that a device would refuse, or with a key that nobody knows.
         """
         if isinstance(keys, str) or not isinstance(keys, Collection):
             raise ConfigError(f"{KEYS} is {keys!r}: it must be a list of names of plan keys")
-        known = {name: default[name] for name in plan_keys.KEYS if name in default}
-        if fault := plan_keys.fault(known):
-            raise ConfigError(f"{called}: {fault}")
-        made = cls(keys=tuple(keys), default=known)
+        made = cls(keys=tuple(keys), default={name: default[name] for name in plan_keys.KEYS if name in default})
         if found := plan_keys.unknown(default, made.keys):
-            raise ConfigError(f"{called}: {found[0]} A task names its own keys in plan_keys")
+            raise ConfigError(f"{DEFAULT}: {found[0]} A task names its own keys in plan_keys")
         return made
 
     def metadata(self) -> dict[str, str]:

@@ -96,13 +96,12 @@ def checked(labels: object, rows: int, what: str) -> Labels:
         raise ConfigError(
             f"the data have {many} {what} of {rows} samples: there must be one for each row of the training data"
         )
-    if (row := _missing(found)) is not None:
-        raise ConfigError(f"the data have no label in row {row} of their {what}: give one, or remove such rows")
     return Labels.of(found)
 
 
-def _missing(found: npt.NDArray[Any]) -> int | None:
-    """The first row, from 0, whose label is None, NaN or another sign of its absence."""
+def missing(labels: object) -> int | None:
+    """The first row, from 0, whose label is None, NaN or another sign of its absence; None where all are there."""
+    found = flat(labels)
     if found.dtype.kind == "f":
         rows = np.isnan(found)
     elif found.dtype.kind in "mM":

@@ -117,8 +117,19 @@ def of_table(data: Any, owners: Any, parts: Parts, testing: Testing) -> Arrays:
         owners = {str(name): np.asarray(table[name]) for name in table.columns}
     elif owners is not None and not labels.columns_of(owners):
         owners = np.asarray(owners)
+    _check_owners(owners, parts)
     _check_columns({"data": data, "test": testing.data})
     return Arrays(_finite_samples(data, "data", testing.form), owners, testing)
+
+
+def _check_owners(owners: Any, parts: Parts) -> None:
+    """Raise `ConfigError` for rows of nobody: they would be one device."""
+    table = labels.columns_of(owners)
+    name = next(iter(table)) if parts.column is None and len(table) == 1 else parts.column
+    row = labels.missing(table.get(name, [] if table or owners is None else owners))
+    if row is not None:
+        what = f"the column {name!r}" if name in table else "owners"
+        raise ConfigError(f"{what} has no label in row {row}: give one, or remove such rows")
 
 
 def _check_columns(given: Mapping[str, Any]) -> None:

@@ -1,15 +1,15 @@
 """A federation on arrays, and its simulation in this process by the cores of the real services."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.plural import counted
+from ternbus.broker.protocol import plan_keys
 from ternbus.broker.protocol.schema import to_tensors, vector_digest
-from ternbus.broker.protocol.task_plan import TaskPlan
 from ternbus.broker.protocol.tensor_kinds import version_metadata
 from ternbus.broker.spelling import refuse_unknown
 from ternbus.edge.learn.failure import explained
@@ -99,7 +99,7 @@ class Federation:
                 **form,
                 **{**objectives.arguments_of(loss, metrics), **more},
             )
-            TaskPlan.of(self.task.plan_keys, self.task.default_plan, called="plan")
+            _check_plan(self.task.default_plan, self.task.plan_keys)
         self._scenario = self._base()
 
     def _of_task(self, task: Task | str, data: Any, partition: Parts | str | None) -> None:
@@ -336,3 +336,12 @@ class Federation:
 
     def _repr_html_(self) -> str:
         return self.partition()._repr_html_()
+
+
+def _check_plan(plan: Mapping[str, object], own: Collection[str]) -> None:
+    """Raise `ConfigError` for a key that nobody knows, or its value; what goes together a run may yet complete."""
+    if found := plan_keys.unknown(plan, own):
+        raise ConfigError(f"plan: {found[0]} Keys of your own are named by plan_keys")
+    for name, value in plan.items():
+        if name in plan_keys.KEYS and (fault := plan_keys.KEYS[name].fault(value)):
+            raise ConfigError(f"plan: {name} is {value!r}, {fault}")
