@@ -125,7 +125,7 @@ def of_table(data: Any, owners: Any, parts: Parts, testing: Testing) -> Arrays:
 def _check_owners(owners: Any, parts: Parts) -> None:
     """Raise `ConfigError` for rows of nobody: they would be one device."""
     table = labels.columns_of(owners)
-    name = next(iter(table)) if parts.column is None and len(table) == 1 else parts.column
+    name = next(iter(table)) if parts.column is None and len(table) == 1 else parts.column or ""
     row = labels.missing(table.get(name, [] if table or owners is None else owners))
     if row is not None:
         what = f"the column {name!r}" if name in table else "owners"
