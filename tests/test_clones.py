@@ -59,6 +59,27 @@ def mark(bench: Bench) -> int:
     return found
 
 
+def test_two_machines_whose_numbers_rise_before_they_train_are_told_apart_by_their_sessions(make: Make) -> None:
+    """An update waits on each, and its answer raises the number above the other's before a training says the version.
+
+    The first began an hour before the second. Each status before that answer is idle, so it names no version.
+    """
+    bench = make(merge__buffer_size=1)
+    pi, other = bench.join("pi"), bench.join("other")
+    twin = clone_of(pi)
+    said: list[str] = []
+    for turn in range(8):
+        for machine, session in ((pi, 1000 + turn), (twin, 3_600_000 + turn)):
+            advance(bench, other)
+            bench.receive(machine.topic("status"), machine.status("idle", session))
+            machine.seq = max(pi.seq, twin.seq)
+            status = machine.status("training", session, base=bench.version)
+            said += lines(bench.receive(machine.topic("status"), status))
+    (line,) = said
+    assert "two machines use the key of pi" in line
+    assert mark(bench) == 2
+
+
 @pytest.mark.parametrize("ahead", [1, 1000])
 def test_two_machines_that_take_turns_are_named_once_and_marked(make: Make, ahead: int) -> None:
     """In step, or with one of them far behind."""
@@ -73,7 +94,7 @@ def test_two_machines_that_take_turns_are_named_once_and_marked(make: Make, ahea
         said += connect(bench, twin, session)
         bench.tick(20.0)
     (line,) = said
-    assert "two machines use the key of pi: it signs lower sequence numbers after higher ones" in line
+    assert "two machines use the key of pi: it signs lower sequence numbers or sessions after higher" in line
     assert "ternbus aggregator revoke DIR pi" in line
     assert mark(bench) == 3
     text = summary(statuses.read(bench.directory))
@@ -102,14 +123,14 @@ def test_a_device_that_restarts_crashes_and_reconnects_is_no_clone(make: Make) -
 
 
 def test_a_folder_restored_from_an_old_copy_is_no_clone(make: Make) -> None:
-    """Its numbers go back, once, and then rise above all before."""
+    """Its numbers go back, once, and then rise above all before; without a clock its sessions go back too."""
     bench = make(merge__buffer_size=1)
     pi, other = bench.join("pi"), bench.join("other")
     for session in range(1, 40):
         if session % 10 == 0:
             pi.seq = 2
         pi.seq += session % 10 * session
-        assert connect(bench, pi, session) == []
+        assert connect(bench, pi, session if session < 20 else session - 15) == []
         advance(bench, other)
         bench.tick(WITHIN_S / 10)
     assert mark(bench) == 0
@@ -119,22 +140,26 @@ REPLAYS = st.lists(st.tuples(st.integers(0, 400), st.booleans(), st.booleans()),
 
 
 @settings(max_examples=30)
-@given(orders=REPLAYS, restored_at=st.none() | st.integers(0, 20))
+@given(orders=REPLAYS, restored_at=st.none() | st.integers(0, 20), has_clock=st.booleans())
 def test_no_broker_makes_one_machine_look_like_two(
-    orders: list[tuple[int, bool, bool]], restored_at: int | None
+    orders: list[tuple[int, bool, bool]], restored_at: int | None, has_clock: bool
 ) -> None:
-    """It delivers what the machine ever signed, in any order, as often as it likes; also once a folder is restored."""
+    """It delivers what the machine ever signed, in any order, as often as it likes; also once a folder is restored.
+
+    Where the machine's clock is wrong then, its sessions go back too, and its numbers rise above all by an answer.
+    """
     bench = Bench(make_directory(scratch() / "aggregator", merge__buffer_size=1))
     bench.start()
     pi, other = bench.join("pi"), bench.join("other")
     signed: list[bytes] = []
     for turn, (chosen, makes_version, is_delivered) in enumerate(orders):
         if turn == restored_at:
-            pi.seq = 1
+            pi.seq = 1 if has_clock else pi.seq + 10
+        session = turn if restored_at is None or turn < restored_at or has_clock else turn - restored_at
         if makes_version:
             advance(bench, other)
         pi.next_seq()
-        signed.append(pi.status(("training", "idle")[chosen % 2], turn, base=bench.version))
+        signed.append(pi.status(("training", "idle")[chosen % 2], session, base=bench.version))
         if is_delivered or restored_at is not None:  # else it is held back, perhaps until later
             bench.receive(pi.topic("status"), signed[-1])
         bench.receive(pi.topic("status"), signed[chosen % len(signed)])

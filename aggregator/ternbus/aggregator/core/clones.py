@@ -1,9 +1,12 @@
-"""Detection of cloned devices: two machines that use one key sign lower sequence numbers after higher ones.
+"""Detection of cloned devices: two machines that use one key sign lower numbers after higher ones.
 
-The numbers of a device's statuses increase over connections, restarts and crashes. A device that was restored from an
-old copy goes back once; only two machines at the same time go back repeatedly. The order of arrival proves nothing,
-since a broker can replay or delay a status. A status that names a version does: it was signed after that version was
-made, so also after each higher number that had arrived by then.
+Sequence numbers and sessions of a device's statuses increase over connections, restarts and crashes. A device that was
+restored from an old copy goes back once; only two machines at the same time go back repeatedly. The order of arrival
+proves nothing, since a broker can replay or delay a status. A status that names a version does: it was signed after
+that version was made, so also after all that had arrived by then.
+
+Each of two machines soon gets a sequence number above the other's, by the answer to an update, and often before it
+begins a training. Their sessions stay apart: each counts up from the time at which its process began.
 """
 
 from collections import deque
@@ -17,38 +20,39 @@ from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import DEVICE_STATES, Status
 
-FALLS: Final = 3  # times that a device's numbers went back and rose above all before
+FALLS: Final = 3  # times that a device's numbers, or sessions, went back and rose above all before
 WITHIN_S: Final = 24 * 3600.0
-VERSIONS: Final = 8  # the newest ones at which a number rose are remembered
+VERSIONS: Final = 8  # the newest ones at which a number or a session rose are remembered
 TRAINING: Final = DEVICE_STATES[1]
 CLONED: Final = "cloned"  # the outcome that is counted, with the key
 
 
 @dataclass(slots=True)
 class _Series:
-    """The sequence numbers of one key's statuses."""
+    """The sequence numbers and sessions of one key's statuses."""
 
-    highest: int = 0
-    rises: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=VERSIONS))
+    seq: int = 0  # the highest ever
+    session: int = 0
+    rises: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=VERSIONS))
     falls: deque[float] = field(default_factory=lambda: deque(maxlen=FALLS))  # their times
 
-    def alternates(self, seq: int, base: int, newest: int, now: float) -> bool:
-        """Take in a number, signed on version ``base`` where ``newest`` is; whether there are two machines.
+    def alternates(self, seq: int, session: int, base: int, newest: int, now: float) -> bool:
+        """Take in a status, signed on version ``base`` where ``newest`` is; whether there are two machines.
 
-        ``rises`` has, of the time since the last fall, pairs of the version that was the newest and the highest number.
-        A restored device explains one fall; what is replayed after it rises above nothing, so it is not in them.
+        ``rises`` has, of the time since the last fall, the version that was the newest, and the highest number and
+        session of the statuses that rose above all by then. A restored device explains one fall; what is replayed after
+        it rises above nothing, so it is not in them.
         """
-        if seq > self.highest:
-            self.highest = seq
-            if self.rises and self.rises[-1][0] == newest:
-                self.rises.pop()
-            self.rises.append((newest, seq))
-            return False
-        if not any(version < base <= newest and seq < number for version, number in self.rises):
-            return False
-        self.rises.clear()
-        self.falls.append(now)
-        return len(self.falls) == FALLS and now - self.falls[0] <= WITHIN_S
+        fell = any(version < base <= newest and (seq < high or session < late) for version, high, late in self.rises)
+        if fell:
+            self.rises.clear()
+            self.falls.append(now)
+        if seq > self.seq or session > self.session:
+            same = self.rises and self.rises[-1][0] == newest
+            _, high, late = self.rises.pop() if same else (newest, 0, 0)
+            self.rises.append((newest, max(seq, high), max(session, late)))
+            self.seq, self.session = max(seq, self.seq), max(session, self.session)
+        return fell and len(self.falls) == FALLS and now - self.falls[0] <= WITHIN_S
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +72,8 @@ class Clones:
         if not status.online:
             return
         series = self._series.setdefault(member.key, _Series())
-        if not series.alternates(seq, status.base if status.state == TRAINING else -1, newest, now):
+        base = status.base if status.state == TRAINING else -1
+        if not series.alternates(seq, status.session, base, newest, now):
             return
         series.falls.clear()
         self.refusals.counters.answer(f"{CLONED}:{member.key.hex()}", now)
@@ -76,9 +81,9 @@ class Clones:
             return
         self._told.add(member.key)
         text = (
-            f"two machines use the key of {member.name}: it signs lower sequence numbers after higher ones, again and "
-            f"again (now {seq} after {series.highest}); run `ternbus aggregator revoke DIR {member.name}`, and invite "
-            "each machine by its own name"
+            f"two machines use the key of {member.name}: it signs lower sequence numbers or sessions after higher "
+            f"ones, again and again (now {seq} in session {status.session}, after {series.seq} and {series.session}); "
+            f"run `ternbus aggregator revoke DIR {member.name}`, and invite each machine by its own name"
         )
         line = self.refusals.log_limit.write(CLONED, text, now)
         self._actions += [Log(text=line, level=WARNING, event="cloned", fields={"device": member.name})] if line else []

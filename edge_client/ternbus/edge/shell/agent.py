@@ -248,9 +248,10 @@ def _serve(
 def _begun(state: State) -> State:
     """The state of a process that begins: its sessions are above those that a copy of the folder may have forgotten.
 
-    Else the statuses of a device whose folder was restored from an old copy would count as replays.
+    Else the statuses of a device whose folder was restored from an old copy would count as replays. Milliseconds keep
+    the sessions of two machines with one folder apart, by which the aggregator tells them (its `clones`).
     """
-    return replace(state, session=max(state.session, int(time.time())))
+    return replace(state, session=max(state.session, time.time_ns() // 1_000_000))
 
 
 def _profile(
