@@ -526,15 +526,26 @@ def test_a_device_that_names_a_newer_version_is_told_in_the_log_and_in_the_statu
     again.start()
     said = [logged(again.receive(pi.topic("status"), pi.status("training", 2, base=3)))]
     said.append(logged(again.receive(pi.topic("update"), *pi.update(ternary_block(again.schema, 1), 3))))
-    assert all("names version 3, and the newest here is 0" in line and "restored DIR" in line for line in said)
+    command = f"ternbus aggregator restored {bench.directory}"
+    assert all("names version 3, and the newest here is 0" in line and command in line for line in said)
     again.receive(other.topic("metrics"), other.metrics(2, "local", accuracy=0.5))
     again.tick(seconds=2.0)
     assert statuses.read(bench.directory)["claim"] == {"device": "other", "version": 2}
-    assert "ternbus aggregator restored DIR" in run("status", bench.directory)[1]
+    assert command in run("status", bench.directory)[1]
     assert not any(isinstance(action, events.Stop) for action in again.last)  # a device's word stops nobody
     again.close()
     administration.restored(bench.directory, "test", 0.0)
     assert statuses.read(bench.directory)["claim"] is None
+
+
+def test_a_version_that_no_aggregator_comes_to_is_called_a_lie_and_asks_for_no_restore(bench: Bench) -> None:
+    pi = bench.join("pi")
+    said = logged(bench.receive(pi.topic("status"), pi.status("training", 2, base=COUNTER_MAX)))
+    bench.tick(seconds=2.0)
+    for text in (said, run("status", bench.directory)[1]):
+        assert f"pi names version {COUNTER_MAX}, " in text
+        assert "the device lies or errs" in text
+        assert "restored" not in text
 
 
 def test_devices_that_have_nothing_to_send_tell_a_copied_folder_of_it_through_an_empty_broker(

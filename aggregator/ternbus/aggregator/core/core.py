@@ -61,6 +61,7 @@ class Core:
     seq: int  # the highest that was reserved
     session: int
     software: str = "ternbus"
+    directory: str = "DIR"  # as commands take it
     influence: Influence = field(default_factory=Influence)
     sums: PrivateSums | None = None  # only of a federation with private sums
     helper_codes: Mapping[str, Invited] = field(default_factory=dict)
@@ -93,7 +94,8 @@ class Core:
     def __post_init__(self) -> None:
         settings = self.settings
         self._frames = FrameWriter(settings, self.identity, self.schema, self.seq)
-        self._refusals = Refusals(counters=self._counters, log_limit=LogLimit(settings.limits.log_lines_per_minute))
+        limit = LogLimit(settings.limits.log_lines_per_minute)
+        self._refusals = Refusals(counters=self._counters, log_limit=limit, directory=self.directory)
         self.work = WorkShares(settings.limits.work_bytes_per_s)
         self.validation = Validation(
             settings, self.identity, self.schema, self.influence, self.sums, self.published, self.search
@@ -121,13 +123,9 @@ class Core:
         self._retained = Retained(versions=self._versions, refusals=self._refusals, shown=shown, say_online=online)
         self._clones = Clones(refusals=self._refusals)
         self._merging = Merging(
-            settings=settings,
-            model=self.model,
-            registry=self.registry,
-            versions=self._versions,
-            influence=self.influence,
-            canary=Canary.of(settings, self.registry, self._versions, self.recalled),
-        )
+            settings=settings, model=self.model, registry=self.registry, versions=self._versions,
+            influence=self.influence, canary=Canary.of(settings, self.registry, self._versions, self.recalled),
+        )  # fmt: skip
         self._devices = DeviceMessages(
             settings=settings, model=self.model, registry=self.registry, enrollment=self._enrollment,
             updates=self._updates, work=self.work, counters=self._counters, refusals=self._refusals,
@@ -350,7 +348,8 @@ class Core:
         self._updates.stopping = True
         error = (
             f"the broker holds version {newer}, signed by this aggregator, whose ledger knows only {self.model.version}"
-            ": was it restored from a backup, or its -wal file lost? Then run: ternbus aggregator restored DIR"
+            ": was it restored from a backup, or its -wal file lost? Then run: ternbus aggregator restored "
+            f"{self.directory}"
         )
         return [events.Stop(error=error)]
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from ternbus.aggregator.core import device_health, disk_guard
 from ternbus.aggregator.core.findings import Finding, Level, of_devices
 from ternbus.aggregator.core.health_view import Certificate, View
+from ternbus.aggregator.core.refusals import advice
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol.messages import CLOSED, OPEN
 
@@ -183,12 +184,11 @@ def _certificates(view: View) -> list[Finding]:
     found = []
     for each in view.certificates:
         if each.days_left <= 0:
-            text = f"the certificate of {each.name} has expired; run: ternbus broker renew BROKER"
+            text = f"the certificate of {each.name} has expired; run: ternbus broker renew {view.broker}"
             found.append(Finding(level=Level.DOWN, kind="certificate", text=text))
         elif each.days_left < CERTIFICATE_DAYS:
-            text = (
-                f"the certificate of {each.name} expires in {each.days_left:.0f} days; run: ternbus broker renew BROKER"
-            )
+            days = f"{each.days_left:.0f} days"
+            text = f"the certificate of {each.name} expires in {days}; run: ternbus broker renew {view.broker}"
             found.append(Finding(level=Level.DEGRADED, kind="certificate", text=text))
     return found
 
@@ -198,10 +198,7 @@ def _versions(view: View) -> list[Finding]:
     found = []
     if view.claim is not None:
         device, version = view.claim
-        text = (
-            f"names version {version}, which is not here: was this directory copied back from a backup? Then stop the "
-            f"process, and run: ternbus aggregator restored {view.directory}"
-        )
+        text = f"names version {version}, which is not here: {advice(version, view.directory)}"
         found.append(Finding(level=Level.DEGRADED, kind="newer-version", subject=device, text=text))
     found += _private(view)
     age_s = view.now - view.made_at

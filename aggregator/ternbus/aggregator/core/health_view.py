@@ -48,6 +48,7 @@ class View:
     now: float
     federation: str
     directory: str = "DIR"  # as commands take it
+    broker: str = "BROKER"  # the broker's directory, where it is on this machine
     start: str = "run"  # the command that starts it; up: with its own broker
     state: str  # open, paused, closed
     version: int

@@ -1,13 +1,28 @@
 """Dropped frames: all are counted, and some are logged."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from ternbus.aggregator.core.counters import Counters
 from ternbus.aggregator.core.events import Action, Log
 from ternbus.aggregator.core.rate_limit import LogLimit
+from ternbus.aggregator.core.versions import LEAPS_MAX
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol.frame import COUNTER_MAX
+from ternbus.broker.protocol.messages import RESTORE_LEAP
+
+VERSION_MAX: Final = RESTORE_LEAP * 2 * LEAPS_MAX  # far above what restored folders come to by any clock
+
+
+def advice(version: int, directory: str) -> str:
+    """What the operator may do where one device names a version that is not here; ``directory`` as commands take it."""
+    if version > VERSION_MAX:
+        return "no aggregator comes to so high a number, so the device lies or errs; revoke it if you do not trust it"
+    return (
+        "one device's word, which may be a lie; only if this directory was copied back from a backup, stop the process, "
+        f"and run: ternbus aggregator restored {directory}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +31,7 @@ class Refusals:
 
     counters: Counters
     log_limit: LogLimit
+    directory: str = "DIR"  # as commands take it
 
     def refuse(self, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
         self.counters.refuse(reason, now, count)
@@ -30,10 +46,7 @@ class Refusals:
         if not isinstance(version, int) or not newest < version <= COUNTER_MAX:
             return []
         self.counters.claim(device, version, now)
-        text = (
-            f"{device} names version {version}, and the newest here is {newest}: "
-            "if this folder was copied back from a backup, stop and run: ternbus aggregator restored DIR"
-        )
+        text = f"{device} names version {version}, and the newest here is {newest}: {advice(version, self.directory)}"
         line = self.log_limit.write("newer-version", text, now)
         fields = {"device": device, "version": version}
         return [Log(text=line, level=WARNING, event="newer-version", fields=fields)] if line else []

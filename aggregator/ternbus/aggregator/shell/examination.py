@@ -49,7 +49,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         buffer_devices = sum(row["waits"] for row in found["devices"].values())
     found |= private_status.read(directory, settings)
     moments = [row["time"] for row in found["versions"][-INTERVALS:]]
-    claim = found["claim"]
+    claim, broker = found["claim"], broker_folder(directory, settings)
     view = View(
         now=time.time(),
         federation=found["federation"],
@@ -67,7 +67,8 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         **_private(found, settings),
         max_wait_s=settings.merge.max_wait_s,
         disk_free=found["disk"]["free"],
-        broker_disk_full=_is_full(broker_folder(directory, settings)),
+        broker="BROKER" if broker is None else shlex.quote(str(broker)),
+        broker_disk_full=_is_full(broker),
         certificates=certificates_of(directory, settings),
         devices=tuple(_device(name, row) for name, row in found["devices"].items() if row["key_state"] == ACTIVE),
         evaluated={name: row["evaluated"] for name, row in found["devices"].items() if row["evaluated"] is not None},

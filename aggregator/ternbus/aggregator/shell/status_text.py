@@ -44,11 +44,6 @@ def summary(found: Mapping[str, Any]) -> str:
         for name, row in found["devices"].items()
         if row["cloned"]
     ]
-    if (claim := found["claim"]) is not None:
-        lines.append(
-            f"{claim['device']} names version {claim['version']}, which is not here: if this folder was copied back "
-            "from a backup, stop the aggregator and run: ternbus aggregator restored DIR"
-        )
     if found["search"] is not None:
         lines += ["", *search_text.lines(found["search"])]
     if "private" in found:

@@ -1,6 +1,7 @@
 """Recovery of the core's state from the ledger: the last snapshot, and each merge since, computed again."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +83,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
+        directory=shlex.quote(str(ledger.path.parent)),
         influence=influence_rows.recalled(ledger.db) if settings.merge.is_bounded else Influence(),
         sums=sums,
         helper_codes=private_rows.codes(ledger.db),
