@@ -1,5 +1,7 @@
 """A device's enrollment, its refusal and revocation, and a new key."""
 
+from dataclasses import replace
+
 import pytest
 
 from support.core_device import (
@@ -17,9 +19,13 @@ from support.core_device import (
     sending,
     update_in,
 )
+from support.private_device import PINS, terms_messages
+from support.private_device import aggregator as private_aggregator
 from support.scripted_aggregator import FEDERATION
+from ternbus.broker.exit_codes import EXIT_CONFIG
 from ternbus.broker.protocol.identity import Identity, enroll_proof
 from ternbus.broker.protocol.messages import Enroll
+from ternbus.broker.sums.terms import KINDS, MASK
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.core import Core
@@ -146,3 +152,26 @@ def test_an_evaluator_joins_private_sums_without_pins() -> None:
     scripted = aggregator(plan=PRIVATE_PLAN)
     device = connected("join", state={"enrolled": False}, code="secret")
     assert published(device.arrive(scripted.status(), scripted.head()), "enroll")
+
+
+def test_one_that_joins_private_sums_to_train_spends_its_invitation_only_on_those_of_its_kind() -> None:
+    """The kind is in the terms: it waits for them, whether they come before the model or after it."""
+    for kind in KINDS:
+        scripted = private_aggregator()
+        pins = replace(PINS, kind=kind)
+        device = connected("join", state={"enrolled": False}, code="secret", trains_next=True, sums=pins)
+        done = device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
+        assert not of(done, Stop)
+        assert not published(done, "enroll")
+        device.wait(100)
+        assert device.core._wait_timer.awaited == "the terms of private sums for version 0"
+        done = device.arrive(*terms_messages(scripted))
+        if kind == MASK:
+            assert published(done, "enroll")
+            assert not of(done, Stop)
+        else:
+            stop = only(done, Stop)
+            assert stop.code == EXIT_CONFIG
+            assert 'are of the kind "mask", and pi was given "bfv"' in stop.reason
+            assert "its invitation is still good; join with `--private-kind mask`" in stop.reason
+            assert not published(device.actions, "enroll")

@@ -326,7 +326,7 @@ class Core:
         if self.stopped:
             return []
         if self.profile.role == "join":
-            ending = self.enrollment.ending(self.follower.head, is_checked=self._schema_check.done)
+            ending = self.enrollment.ending(self.follower.head, self.terms.terms, is_checked=self._schema_check.done)
             return [] if ending is None else self._stop(*ending)
         reason = self.fine_tuning.stop_reason(self.follower, self._accepted, is_current=self._resubscribe.is_current)
         self._leaving = bool(reason)  # may become false again: the federation can be reopened
@@ -362,7 +362,7 @@ class Core:
         return self.uplink.resend.due_s() if self._may_send() and self.state.outstanding is not None else None
 
     def _enroll_due_s(self) -> float | None:
-        return self.enrollment.due_s(self.follower.head) if self._online and self.presence.online else None
+        return self.enrollment.due_s(self.follower.head, self.terms) if self._online and self.presence.online else None
 
     def _statistics_due_s(self) -> float | None:
         """Also while the head is paused: statistics are asked for before any training."""

@@ -126,8 +126,8 @@ class Profile:
 
     @property
     def is_private(self) -> bool:
-        """Whether it takes part in private sums."""
-        return self.role == "train" and self.sums is not None
+        """Whether it takes part in private sums, or joins to do so."""
+        return self.sums is not None and (self.role == "train" or self.trains_next)
 
     @property
     def key(self) -> KeyId:

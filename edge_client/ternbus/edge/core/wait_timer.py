@@ -21,7 +21,7 @@ def awaited_of(
     head = follower.head
     if not presence.online:
         return "the aggregator"
-    if not enrolled:
+    if not enrolled and not terms.missing:
         return "the aggregator to enroll this device"
     if head is None:
         return "the first head from the aggregator"
