@@ -362,7 +362,7 @@ def test_a_device_whose_budget_is_spent_says_so_and_ends_with_a_code_of_its_own(
 
 
 def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> None:
-    """It says so once, and goes on at once when the plan is another."""
+    """It says so once, and why it tries again; and it goes on at once when the plan is another."""
     scripted, born = following_with(DEVICE)
     asked = only(born.actions, StartTraining)
     over = events.BudgetSpent(base=0, epsilon=8.25, budget=8.0, delta=1e-5)
@@ -371,12 +371,17 @@ def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> N
     scripted.advance()
     assert not any(isinstance(action, StartTraining) for action in born.arrive(*scripted.delta(1), scripted.head()))
     born.now += 7200
-    again = only(born.handle(events.TimeReached()), StartTraining)
+    tried = born.handle(events.TimeReached())
+    again, said = only(tried, StartTraining), next(each for each in tried if isinstance(each, Log))
     assert (again.base, again.plan) == (1, asked.plan)
+    assert said.text.startswith("training on version 1, which is tried again, since costs may change; before, its ")
+    assert "epsilon would be 8.25, above 8 (delta 1e-05)" in said.text
     done = born.handle(replace(over, base=1))
     assert not any(isinstance(action, Log | Stop) for action in done)
     scripted.plan = {**DEVICE, "dp_noise": 100.0}
-    assert only(born.arrive(scripted.head()), StartTraining).plan.dp_noise == 100
+    done = born.arrive(scripted.head())
+    assert only(done, StartTraining).plan.dp_noise == 100
+    assert [action.text for action in done if isinstance(action, Log)] == ["training on version 1"]
 
 
 def failing(actions: list[Any]) -> list[str]:
@@ -597,4 +602,4 @@ def test_the_aggregators_status_shows_what_each_device_says(bench: Bench) -> Non
     shown = CliRunner().invoke(aggregator_cli.app, ["status", str(bench.directory)]).output
     (header,) = [line for line in shown.splitlines() if line.startswith("device ")]
     assert header.endswith("epsilon")
-    assert next(line for line in shown.splitlines() if line.startswith("pi ")).endswith(" 2.500")
+    assert next(line for line in shown.splitlines() if line.startswith("pi ")).endswith(" 2.5000")

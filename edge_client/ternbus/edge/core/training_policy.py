@@ -149,6 +149,7 @@ class TrainingPolicy:
             return []
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
+        again = f", which is tried again, since costs may change; before, {self.refusal}" if self.refusal else ""
         arm, plan = self._by_arm(plan, head.version)
         self.running = StartTraining(
             base=head.version,
@@ -164,7 +165,7 @@ class TrainingPolicy:
             sums=sums,
             arm=arm,
         )
-        text = f"training on version {head.version}{'' if arm is None else f' by arm {arm}'}"
+        text = f"training on version {head.version}{'' if arm is None else f' by arm {arm}'}{again}"
         fields = {"base": head.version} | ({} if arm is None else {"arm": arm})
         return [self.running, Log(event="training", text=text, fields=fields)]
 
@@ -213,7 +214,11 @@ class TrainingPolicy:
         )
 
     def unaffordable(self, event: BudgetSpent, now: float) -> list[Log]:
-        """Wait for another plan: it may ask for less. The same reason is logged once."""
+        """Wait for another plan: it may ask for less. The same reason is logged once.
+
+        This plan is tried again all the same: what an update costs depends also on the number of samples, and on the
+        terms of private sums, which change without the plan.
+        """
         running, self.running = self.running, None
         policy = self.profile.policy
         owners = policy is not None and policy.epsilon == event.budget
