@@ -83,7 +83,8 @@ class Clones:
         text = (
             f"two machines use the key of {member.name}: it signs lower sequence numbers or sessions after higher "
             f"ones, again and again (now {seq} in session {status.session}, after {series.seq} and {series.session}); "
-            f"run `ternbus aggregator revoke {self.refusals.directory} {member.name}`, and invite each machine by its own name"
+            f"run `ternbus aggregator revoke {self.refusals.directory} {member.name}`, and invite each machine by its "
+            "own name"
         )
         line = self.refusals.log_limit.write(CLONED, text, now)
         self._actions += [Log(text=line, level=WARNING, event="cloned", fields={"device": member.name})] if line else []

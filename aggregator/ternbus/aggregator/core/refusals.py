@@ -20,8 +20,8 @@ def advice(version: int, directory: str) -> str:
     if version > VERSION_MAX:
         return "no aggregator comes to so high a number, so the device lies or errs; revoke it if you do not trust it"
     return (
-        "one device's word, which may be a lie; only if this directory was copied back from a backup, stop the process, "
-        f"and run: ternbus aggregator restored {directory}"
+        "one device's word, which may be a lie; only if this directory was copied back from a backup, stop the "
+        f"process, and run: ternbus aggregator restored {directory}"
     )
 
 

@@ -8,11 +8,12 @@ from typing import Final
 
 from ternbus.aggregator.shell import administration, log
 from ternbus.aggregator.shell.administration import KEY
-from ternbus.aggregator.store import control, soundness
+from ternbus.aggregator.store import control, membership, revocations, soundness
 from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, ProtocolError
 from ternbus.broker.files import load_toml, read_key
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.identity import Identity
 
 MANIFEST: Final = "backup.toml"  # in a backup: what it is of, and the digest of each file
@@ -22,9 +23,14 @@ TRIES: Final = 5  # beside a process that removes what it no longer needs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a check found; ``version``, ``updates`` and ``log_entries`` are counts of what was looked at."""
+    """What a check found; ``version``, ``updates`` and ``log_entries`` are counts of what was looked at.
+
+    ``unlisted`` are faults of the list of revoked keys. The state is whole without it, so a backup is made all the
+    same, and there is nothing for a repair to do.
+    """
 
     faults: tuple[str, ...]
+    unlisted: tuple[str, ...] = ()
     federation: str = ""
     version: int = -1
     updates: int = 0
@@ -100,8 +106,24 @@ def _look(directory: Path, ledger: Ledger, public: bytes) -> Checked:
         faults.append(str(error))
     return Checked(
         faults=tuple(faults),
+        unlisted=tuple(_unlisted(directory, ledger)),
         federation=str(ledger.fact("federation")),
         version=ledger.version,
         updates=audit.updates,
         log_entries=audit.entries,
     )
+
+
+def _unlisted(directory: Path, ledger: Ledger) -> Iterator[str]:
+    """What the list of revoked keys lacks: it is what keeps them revoked where the ledger is an older copy."""
+    path = directory / revocations.FILE
+    found = revocations.read(path)
+    known = membership.revocations(ledger.db)
+    if lacking := [each.device for each in known if (each.device, each.public) not in found.keys]:
+        names = ", ".join(sorted(set(lacking)))
+        yield f"{path} lacks {counted(len(lacking), 'key')} that the ledger has revoked, of {names}: a start adds them"
+    if found.damaged:
+        yield (
+            f"{path}: {counted(len(found.damaged), 'line')} cannot be read, beginning with {found.damaged[0][:40]!r}; "
+            "take the damage out of the file, and revoke again who is not in it: lists beside backups may name them"
+        )

@@ -56,25 +56,24 @@ def check(
     """Check every checksum, every file, the log of merges, and that it opens. Exit code 1 if there are faults.
 
     Nothing in the folder is changed, whether or not a process serves it. `ternbus aggregator repair` goes on from the
-    last version that is sound.
+    last version that is sound. A fault of the list of revoked keys says itself what to do.
 
     Example: ternbus aggregator check agg
     """
     found = checking.check(directory)
+    faults = [*found.faults, *found.unlisted]
     if as_json:
-        facts = {"ok": not found.faults, "faults": list(found.faults), "federation": found.federation}
+        facts = {"ok": not faults, "faults": faults, "federation": found.federation}
         counts = {"version": found.version, "updates": found.updates, "log_entries": found.log_entries}
         typer.echo(json.dumps({**facts, **counts}))
-    elif found.faults:
-        typer.echo(
-            "\n".join([f"{directory} is not as it was written: {counted(len(found.faults), 'fault')}", *found.faults])
-        )
+    elif faults:
+        typer.echo("\n".join([f"{directory} is not as it was written: {counted(len(faults), 'fault')}", *faults]))
     else:
         typer.echo(
             f"{directory} is sound: {found.federation} at version {found.version}, "
             f"{counted(found.updates, 'update')} in {counted(found.log_entries, 'entry')} of the log"
         )
-    if found.faults:
+    if faults:
         raise typer.Exit(EXIT_FAILED)
 
 
