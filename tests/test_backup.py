@@ -513,28 +513,6 @@ def test_a_list_only_grows_and_names_its_damaged_lines(bench: Bench, tmp_path: P
         assert revocations.Revocation.parse(nonsense) is None
 
 
-def test_a_check_looks_at_the_list_and_its_advice_mends_it(bench: Bench, tmp_path: Path) -> None:
-    """A list that lacks keys would not keep them revoked; the state is whole, so that a backup is made all the same."""
-    bench.join("pi")
-    bench.close()
-    run("revoke", bench.directory, "pi")
-    assert run("check", bench.directory)[0] == 0
-    path = bench.directory / revocations.FILE
-    path.write_text("garbage\n")
-    code, said = run("check", bench.directory)
-    assert code == 1
-    assert "2 faults" in said
-    assert f"{path} lacks 1 key that the ledger has revoked, of pi: a start adds them" in said
-    assert f"{path}: 1 line cannot be read, beginning with 'garbage'" in said
-    assert json.loads(run("check", bench.directory, "--json")[1])["ok"] is False
-    assert make_backup(bench, tmp_path / "out").is_dir()
-    with control.exclusive(bench.directory):  # as a start does
-        pass
-    path.write_text(path.read_text().replace("garbage\n", ""))
-    assert run("check", bench.directory)[0] == 0
-    assert listed(path) == {"pi"}
-
-
 # --- a folder that was copied back by hand
 
 

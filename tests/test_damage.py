@@ -16,7 +16,7 @@ from support.small_world import Bench, float32_block, make_directory
 from ternbus.aggregator.core import events
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
-from ternbus.aggregator.store import checksums
+from ternbus.aggregator.store import checksums, control, revocations
 from ternbus.aggregator.store.checksums import COLUMNS
 from ternbus.aggregator.store.ledger import LEDGER
 from ternbus.broker.errors import CorruptError
@@ -224,3 +224,32 @@ def test_a_command_that_fails_at_what_it_shows_of_a_damaged_row_names_it(
                 [table] if f"{table} " in (said := f"{failed}{done.output}") and "as it was written" in said else []
             )
     assert named, "no damage was met"
+
+
+def test_a_check_looks_at_the_list_of_revoked_keys_and_its_advice_mends_it(tmp_path: Path) -> None:
+    """A list that lacks keys would not keep them revoked; the state is whole, so that a backup is made all the same."""
+    with closing(Bench(make_directory(tmp_path / "aggregator"))) as bench:
+        bench.start()
+        bench.join("pi")
+
+    def run(*words: object) -> tuple[int, str]:
+        done = CliRunner().invoke(app, list(map(str, words)))
+        return done.exit_code, done.output
+
+    home = bench.directory
+    run("revoke", home, "pi")
+    assert run("check", home)[0] == 0
+    path = home / revocations.FILE
+    path.write_text("garbage\n")
+    code, said = run("check", home)
+    assert code == 1
+    assert "2 faults" in said
+    assert f"{path} lacks 1 key that the ledger has revoked, of pi: a start adds them" in said
+    assert f"{path}: 1 line cannot be read, beginning with 'garbage'" in said
+    assert json.loads(run("check", home, "--json")[1])["ok"] is False
+    assert run("backup", home, tmp_path / "out")[0] == 0
+    with control.exclusive(home):  # as a start does
+        pass
+    path.write_text(path.read_text().replace("garbage\n", ""))
+    assert run("check", home)[0] == 0
+    assert [device for device, _ in revocations.read(path).keys] == ["pi"]

@@ -90,6 +90,12 @@ def test_each_fault_has_its_state_and_its_name(about: dict[str, Any], state: Sta
     assert health.line().startswith(f"TERNBUS {word} - home: {health.findings[0].sentence}")
 
 
+def test_the_commands_have_the_directories_themselves() -> None:
+    due = Certificate(name="the broker", days_left=1)
+    texts = [each.sentence for each in examine(view(broker="'my bus'", certificates=(due,))).findings]
+    assert [text.partition("run: ")[2] for text in texts] == ["ternbus broker renew 'my bus'"]
+
+
 @pytest.mark.parametrize(
     "about",
     [

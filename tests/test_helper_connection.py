@@ -107,6 +107,7 @@ def test_a_helper_that_is_refused_or_revoked_stops(outcome: str, enrolled: bool,
     stop = stopped(done)
     assert stop.code == 3
     assert text in stop.reason
+    assert stop.reason.endswith("run: ternbus helper init 'my bureau' --invitation FILE")
     assert len(published(done, "status")) == enrolled
     helper.start()
     helper.connect(echo=False)

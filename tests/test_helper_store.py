@@ -139,7 +139,7 @@ def test_the_roster_has_each_key_once_and_one_active_key_for_each_name(helper: O
     assert helper.store.device_of(keys[0]) == "pi-1"
     stores.remove(tmp_path, "pi-1")
     assert helper.store.key_of("pi-1") is None
-    with pytest.raises(ConfigError, match="is not on the roster"):
+    with pytest.raises(ConfigError, match=f"is not on the roster: `ternbus helper roster {tmp_path}` lists"):
         stores.remove(tmp_path, "pi-1")
     assert stores.admit(tmp_path, "pi-1", keys[0], NOW_S + 2)
     shown = [(each.device, each.public, each.active, each.admitted_by) for each in stores.roster(tmp_path)]

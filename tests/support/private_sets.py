@@ -79,7 +79,7 @@ class Helper:
     def profile(self) -> Profile:
         return Profile(
             federation=self.federation, helper=self.name, identity=self.identity, aggregator_public=SERVER.public,
-            random=self.random, roster=self.roster, min=self.min, code="code", bfv=self.bfv,
+            random=self.random, roster=self.roster, min=self.min, code="code", bfv=self.bfv, directory="'my bureau'",
         )  # fmt: skip
 
     def start(self) -> list[Action]:

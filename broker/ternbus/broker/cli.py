@@ -12,6 +12,7 @@ from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import make_folder, write_secret, write_text
 from ternbus.broker.folder_owner import as_owner
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.plain_help import command_group
 from ternbus.broker.protocol.endpoint import is_loopback
 from ternbus.broker.protocol.identity import reader_user
@@ -70,10 +71,9 @@ def init(
     home = BrokerDirectory.create(directory, names=name, port=port, engine=engine, listen=listen)
     typer.echo(f"{directory}: {home.url}, TLS 1.3, for clients with a certificate from {directory}/tls/ca.pem")
     typer.echo(f"keep {directory}/tls/ca.key secret: its holder can make certificates")
-    typer.echo(f"next: ternbus broker up {directory}")
-    typer.echo(
-        f"and:  ternbus aggregator init AGG --federation NAME --broker-dir {directory} --model MODEL.safetensors"
-    )
+    typer.echo(f"next: ternbus broker up {quoted(directory)}")
+    init = f"ternbus aggregator init AGG --federation NAME --broker-dir {quoted(directory)}"
+    typer.echo(f"and:  {init} --model MODEL.safetensors")
 
 
 @app.command()
@@ -130,7 +130,7 @@ def _start(directory: Path, engine: Engine, host: str | None, port: int | None) 
     if not is_loopback(host):
         _warn(
             f"{host} accepts connections from the network without TLS: other machines can read and block messages, "
-            f"but not forge them; for TLS run: ternbus broker init {directory} --name {host}"
+            f"but not forge them; for TLS run: ternbus broker init {quoted(directory)} --name {host}"
         )
     return start(software, host=host, port=PORT if port is None else port, directory=directory)
 
@@ -262,7 +262,7 @@ def refusals(directory: Dir, as_json: AsJson = False) -> None:
         found = json.loads(text)
     except FileNotFoundError:
         raise ConfigError(
-            f"{directory} has no refusals.json: the broker has not run yet; run: ternbus broker up {directory}"
+            f"{directory} has no refusals.json: the broker has not run yet; run: ternbus broker up {quoted(directory)}"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}; stop the broker and remove the file") from error

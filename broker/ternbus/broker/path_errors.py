@@ -1,6 +1,7 @@
 """What an error of the system says about a path: what could not be done, to what, why, and what to do."""
 
 import errno
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -47,3 +48,8 @@ def _in_the_way(path: Path) -> str:
         if each.exists() and not each.is_dir():
             return f"{'it' if each == path else each} is a file, not a folder; give another path"
     return "" if path.parent.exists() else f"there is no folder {path.parent}; make it, or correct the path"
+
+
+def quoted(path: Path) -> str:
+    """The path as a shell takes it, for the commands in errors."""
+    return shlex.quote(str(path))

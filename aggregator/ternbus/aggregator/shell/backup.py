@@ -16,6 +16,7 @@ from ternbus.broker import files, toml
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError, CorruptError, StorageError
 from ternbus.broker.files import expanded, load_toml, read_key
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.identity import Identity
 
 MANIFEST: Final = checking.MANIFEST
@@ -92,7 +93,7 @@ def _check_place(directory: Path, out: Path, federation: str) -> None:
     if out.is_dir() and directory.resolve() in found_in(out.resolve(), federation):
         raise ConfigError(
             f"{directory} is a backup in {out}, not the aggregator's folder; to serve it, run: "
-            f"ternbus aggregator restore {directory} DIR"
+            f"ternbus aggregator restore {quoted(directory)} DIR"
         )
 
 
@@ -131,7 +132,7 @@ def _check(directory: Path, partial: Path) -> None:
     if faults:
         raise CorruptError(
             f"the copy of {directory} is not sound, and was not kept: {faults[0]}; "
-            f"run: ternbus aggregator check {directory}"
+            f"run: ternbus aggregator check {quoted(directory)}"
         )
 
 

@@ -51,6 +51,7 @@ from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.plain_help import command_group
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol.endpoint import is_loopback
@@ -142,7 +143,8 @@ def init(
     tensors, elements = counted(len(first.tensors), "tensor"), sum(array.size for array in first.tensors.values())
     typer.echo(f"{directory}: federation {federation!r}, {tensors}, {elements:,} parameters")
     invited = "--helper NAME" if private else "DEVICE"
-    typer.echo(f"next: ternbus aggregator run {directory}   and   ternbus aggregator invite {directory} {invited}")
+    shown = quoted(directory)
+    typer.echo(f"next: ternbus aggregator run {shown}   and   ternbus aggregator invite {shown} {invited}")
 
 
 def _private(federation: str, helpers: Sequence[Path], kind: str, *, private: bool) -> dict[str, object]:

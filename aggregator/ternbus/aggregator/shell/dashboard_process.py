@@ -23,6 +23,7 @@ from ternbus.aggregator.shell import dashboard_token
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_output import WriteLog
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.endpoint import WILDCARDS, is_loopback
 
 MODULE: Final = "ternbus.aggregator.dashboard"
@@ -139,7 +140,7 @@ def beside(listener: Listener | None, directory: Path, say: WriteLog, *, as_json
     dashboard_token.ensure(directory)
     process = _Process(listener, directory, say, as_json=as_json)
     process.start()
-    command, aim = f"ternbus aggregator dashboard-token {directory}", "read" if listener.is_private else "act"
+    command, aim = f"ternbus aggregator dashboard-token {quoted(directory)}", "read" if listener.is_private else "act"
     say(
         f"dashboard at {listener.url}; to {aim}, log in by the token of: {command}",
         event="dashboard",

@@ -11,6 +11,7 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import Dir
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_secret, storing, write_secret
+from ternbus.broker.path_errors import quoted
 
 FILE: Final = "dashboard.token"
 AUDIT: Final = "dashboard-audit.jsonl"
@@ -24,7 +25,8 @@ def read(directory: Path) -> str:
     path = directory / FILE
     token = read_secret(path).decode("ascii", "replace").strip()
     if not TOKEN.fullmatch(token):
-        raise ConfigError(f"{path} is no token; make a new one: ternbus aggregator dashboard-token {directory} --new")
+        command = f"ternbus aggregator dashboard-token {quoted(directory)} --new"
+        raise ConfigError(f"{path} is no token; make a new one: {command}")
     return token
 
 

@@ -16,6 +16,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.log_levels import ERROR
 from ternbus.broker.log_output import WriteLog
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.endpoint import PORTS, Endpoint, is_loopback, is_same_host
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
@@ -92,7 +93,7 @@ def start_broker(directory: Path, engine: running.Engine, first: First) -> runni
         host, port = endpoint.host, endpoint.port
         if endpoint.tls and not running.is_home(folder):
             raise ConfigError(
-                f"{directory} does not hold the broker {endpoint}: use ternbus aggregator run {directory}"
+                f"{directory} does not hold the broker {endpoint}: use ternbus aggregator run {quoted(directory)}"
             )
     elif first.model is None:
         raise ConfigError(f"{directory} holds no aggregator yet: add --model FILE.safetensors to make one")

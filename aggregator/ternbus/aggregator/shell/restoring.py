@@ -16,6 +16,7 @@ from ternbus.broker import files
 from ternbus.broker.errors import ConfigError, CorruptError, FederationError
 from ternbus.broker.files import read_key
 from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.identity import Identity
 
 KEPT: Final = (  # they belong to the folder, not to its state
@@ -106,7 +107,8 @@ def _refuse_other_than_a_backup(source: Path, directory: Path) -> None:
     if not (source / backup.MANIFEST).exists():
         raise ConfigError(
             f"{source} is not a backup that `ternbus aggregator backup` made: {backup.MANIFEST} is missing; "
-            f"a copy made otherwise is put back by hand, and then needs: ternbus aggregator restored {directory}"
+            "a copy made otherwise is put back by hand, and then needs: ternbus aggregator restored "
+            f"{quoted(directory)}"
         )
     ours, theirs = directory.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:

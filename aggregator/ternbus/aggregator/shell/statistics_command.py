@@ -16,6 +16,7 @@ from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol.statistics import BINS_MAX, HISTOGRAM, KINDS, LABELS, MOMENTS
 from ternbus.broker.text_table import text_table
@@ -89,7 +90,7 @@ def statistics(
         try:
             control.ask(directory, control.STATISTICS, json.dumps(asked))
         except control.NotRunningError as error:
-            start = f"ternbus aggregator {start_command(directory)} {directory}"
+            start = f"ternbus aggregator {start_command(directory)} {quoted(directory)}"
             raise ConfigError(f"{error}: start it with `{start}`, and ask again") from error
         _tell(directory, wait)
         _wait(directory, wait)

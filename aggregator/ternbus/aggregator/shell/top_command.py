@@ -10,6 +10,7 @@ from ternbus.aggregator.shell import administration, examination
 from ternbus.aggregator.shell.arguments import Dir
 from ternbus.aggregator.store.ledger import blaming
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.path_errors import quoted
 
 app = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -30,7 +31,7 @@ def top(
     settings = administration.load_settings(directory)
     streams = (sys.stdin, sys.stdout, sys.stderr)  # closed ones are None; textual fills a file with codes of a screen
     if not all(each and each.isatty() for each in streams):
-        raise ConfigError(f"`ternbus top` needs a terminal: use `ternbus aggregator status {directory}`")
+        raise ConfigError(f"`ternbus top` needs a terminal: use `ternbus aggregator status {quoted(directory)}`")
     try:
         from ternbus.aggregator.shell.top import VERSIONS_MAX, Top  # noqa: PLC0415 - a library that only this needs
     except ModuleNotFoundError as error:

@@ -12,6 +12,7 @@ from ternbus.aggregator.store.ledger import LEDGER, Ledger
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import files, store_format
 from ternbus.broker.errors import CorruptError, StorageError
+from ternbus.broker.path_errors import quoted
 
 TRIES: Final = 20  # a running process may remove a file between the moment of the copy and the opening of it
 CHUNK_BYTES: Final = 2**20
@@ -44,7 +45,8 @@ def copy(directory: Path, target: Path) -> int:
                 if (target / folder).exists():
                     files.sync(target / folder)
             return version
-    raise CorruptError(f"{missing} is not there, though the ledger names it; run: ternbus aggregator check {directory}")
+    command = f"ternbus aggregator check {quoted(directory)}"
+    raise CorruptError(f"{missing} is not there, though the ledger names it; run: {command}")
 
 
 def _open(directory: Path) -> Ledger:

@@ -15,6 +15,7 @@ from ternbus.aggregator.store.schema import FORMAT
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import store_format
 from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.store_format import Formats, Step
 
 
@@ -47,7 +48,7 @@ FORMATS: Final = Formats(
 
 def refusal(path: Path, found: object) -> ConfigError | CorruptError:
     """Why a ledger of this format cannot be used as it is, and what to do."""
-    return FORMATS.refusal(path, found, f"`ternbus aggregator run {path.parent}` migrates it when it starts")
+    return FORMATS.refusal(path, found, f"`ternbus aggregator run {quoted(path.parent)}` migrates it when it starts")
 
 
 def migrate(path: Path) -> None:

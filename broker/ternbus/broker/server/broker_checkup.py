@@ -12,6 +12,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import is_locked
 from ternbus.broker.link.connect_errors import CANNOT_SERVE
 from ternbus.broker.link.tls import CA, CERTIFICATE
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.endpoint import WILDCARDS, Endpoint
 from ternbus.broker.server import mosquitto, refusals
 from ternbus.broker.server.full_disk import FullDisk
@@ -35,7 +36,8 @@ def examine(directory: Path) -> Iterator[Result]:
         return
     yield ok("settings", f"{home.url}, listening on {settings.listen}, engine {settings.engine}")
     yield from checkup.secrets(directory / "tls" / name for name in ("ca.key", "server.key", "probe.key"))
-    yield from certificates({directory / file: named.name for file, named in found.items()}, f"renew {directory}")
+    named = {directory / file: each.name for file, each in found.items()}
+    yield from certificates(named, f"renew {quoted(directory)}")
     yield _access(directory, mosquitto.separating_list(home.names()))
     yield from _running(directory, home)
     yield from _refusals(directory)
@@ -72,7 +74,8 @@ def _access(directory: Path, wanted: str) -> Result:
     path = directory / ACCESS
     if not path.exists() or path.read_text() == wanted:
         return ok("access", "the access list has all clients with a certificate, each with its own topics")
-    return warning("access", f"{path} is not that of the certificates", f"restart it: ternbus broker up {directory}")
+    text = f"{path} is not that of the certificates"
+    return warning("access", text, f"restart it: ternbus broker up {quoted(directory)}")
 
 
 def _running(directory: Path, home: "BrokerDirectory") -> Iterator[Result]:
@@ -84,7 +87,7 @@ def _running(directory: Path, home: "BrokerDirectory") -> Iterator[Result]:
         yield failed("software", str(problem))
         return
     if not is_locked(directory / "lock"):
-        yield error("broker", "it does not run", f"ternbus broker up {directory}")
+        yield error("broker", "it does not run", f"ternbus broker up {quoted(directory)}")
         return
     endpoint = Endpoint(host=WILDCARDS.get(settings.listen, settings.listen), port=settings.port, tls=True)
     if answers(endpoint, secured):
@@ -105,4 +108,4 @@ def _refusals(directory: Path) -> Iterator[Result]:
         return
     if recent:
         text = f"refused today: {', '.join(recent[:3])}{' and others' if len(recent) > 3 else ''}"
-        yield warning("refusals", text, f"ternbus broker refusals {directory}")
+        yield warning("refusals", text, f"ternbus broker refusals {quoted(directory)}")

@@ -12,6 +12,7 @@ from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, load_toml, read_secret, replacing, write_secret, write_text
 from ternbus.broker.link.tls import PROBE, ServerTls, Tls
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
 from ternbus.broker.protocol.identity import (
     AGGREGATOR,
@@ -117,9 +118,8 @@ class BrokerDirectory:
     def settings(self) -> Settings:
         """The settings in broker.toml; ConfigError if the directory has none or they are invalid."""
         if not is_home(self.folder):
-            raise ConfigError(
-                f"{self.folder} has no broker with TLS; make one with: ternbus broker init {self.folder} --name HOST"
-            )
+            command = f"ternbus broker init {quoted(self.folder)} --name HOST"
+            raise ConfigError(f"{self.folder} has no broker with TLS; make one with: {command}")
         path = self.folder / HOME
         return Settings.from_table(load_toml(path), str(path))
 

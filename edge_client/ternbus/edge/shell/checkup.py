@@ -9,6 +9,7 @@ from ternbus.broker.errors import FederationError
 from ternbus.broker.files import is_locked
 from ternbus.broker.link.probe import reach
 from ternbus.broker.link.tls import TLS_KEY
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.plural import counted
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Status
@@ -35,13 +36,14 @@ def examine(directory: Path) -> Iterator[Result]:
     if settings.data_folder is not None and not settings.data_folder.is_dir():
         yield error("data", f"{settings.data_folder} is no folder", f"put the data back, or change data in {TOML}")
     if settings.code:
-        yield warning("joined", "the device has not joined yet", f"ternbus edge join INVITATION.toml {directory}")
+        command = f"ternbus edge join INVITATION.toml {quoted(directory)}"
+        yield warning("joined", "the device has not joined yet", command)
     else:
         yield from _outbox(directory)
     if is_locked(directory / LOCK):
         yield ok("process", "a process runs; its log says whether it is connected")
         return
-    yield warning("process", "no process runs", f"ternbus edge run {directory}")
+    yield warning("process", "no process runs", f"ternbus edge run {quoted(directory)}")
     yield from reach(agent.make_link(home, settings), topics.up(settings.federation, settings.device, Status.KIND))
 
 

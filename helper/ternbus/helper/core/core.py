@@ -51,7 +51,8 @@ CLOCK_S: Final = 3600.0  # between looks at the age of the box key
 ASKED_COUNT_MAX: Final = COUNTER_MAX // 2
 BEHIND: Final = (
     "this helper's database is an older copy: {who} shows {seen}, and the database has {own}; an older copy has "
-    "forgotten which sets were opened, so it opens none; run `ternbus helper restored DIR`, which makes a new box key"
+    "forgotten which sets were opened, so it opens none; run `ternbus helper restored {directory}`, which makes a new "
+    "box key"
 )
 
 
@@ -258,7 +259,7 @@ class Core:
             return []
         seen = f"count {self.state.seen_count} and box key {self.state.seen_number}"
         own = f"count {self.state.count} and box key {self.state.box_key.number}"
-        return self._stop(EXIT_CONFIG, BEHIND.format(who=who, seen=seen, own=own))
+        return self._stop(EXIT_CONFIG, BEHIND.format(who=who, seen=seen, own=own, directory=self.profile.directory))
 
     def _aggregator(self, status: Status, seq: int, now: float) -> list[Action]:
         """The aggregator's own status; when it comes online it gets the card, or the enrollment."""
@@ -288,7 +289,7 @@ class Core:
         endings = {"revoked", "refused"} if enrolling else {"revoked", "unknown"}
         if receipt.outcome in endings:
             self.state = replace(self.state, receipt_seq=seq)
-            return self._stop(EXIT_REFUSED, _refusal(receipt))
+            return self._stop(EXIT_REFUSED, _refusal(receipt, self.profile.directory))
         raise ProtocolError("odd-receipt", f"{receipt.outcome!r} for no enrollment of this helper")
 
     # -- answers
@@ -338,7 +339,7 @@ class Core:
         return [*([self._status(OFFLINE)] if ready else []), Stop(code=code, reason=reason)]
 
 
-def _refusal(receipt: Receipt) -> str:
+def _refusal(receipt: Receipt, directory: str) -> str:
     reason = f" ({receipt.reason})" if receipt.reason else ""
     match receipt.outcome:
         case "revoked":
@@ -347,4 +348,5 @@ def _refusal(receipt: Receipt) -> str:
             text = "the aggregator does not know this helper"
         case _:
             text = "the aggregator has refused the invitation"
-    return f"{text}{reason}; ask its operator for a new invitation and run: ternbus helper init DIR --invitation FILE"
+    command = f"ternbus helper init {directory} --invitation FILE"
+    return f"{text}{reason}; ask its operator for a new invitation and run: {command}"

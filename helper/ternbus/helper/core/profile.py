@@ -34,6 +34,7 @@ class Profile:
     min: int  # the smallest set that it answers for
     code: str = field(default="", repr=False)  # of the invitation, until enrollment
     software: str = ""
+    directory: str = "DIR"  # as commands take it
     bfv: SecretKey | None = None  # by which it decrypts sums, in place of opening masks
 
     @property

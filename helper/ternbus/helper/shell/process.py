@@ -52,6 +52,7 @@ def run(home: HelperDirectory, report: Callable[[Log], None]) -> Stop:
                 min=settings.min,
                 code=settings.code,
                 software=software(),
+                directory=home.quoted,
                 bfv=home.bfv_key(settings),
             )
             service = Service(

@@ -4,6 +4,7 @@ Unlike a device's outbox, this file must never be restored from a backup: an old
 opened since. `ternbus helper restored` is for a helper that has lost it.
 """
 
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -218,7 +219,8 @@ def remove(folder: Path, device: str) -> None:
     with naming(folder / FILE), closing(_reading(folder)) as db, db:
         db.execute("BEGIN IMMEDIATE")
         if not _deactivate(db, device):
-            raise ConfigError(f"{device} is not on the roster: `ternbus helper roster DIR` lists who is")
+            command = f"ternbus helper roster {shlex.quote(str(folder))}"
+            raise ConfigError(f"{device} is not on the roster: `{command}` lists who is")
 
 
 def check(folder: Path) -> None:
