@@ -344,3 +344,81 @@ def test_beyond_this_machine_the_page_asks_for_the_token_first(browser: "Browser
         page.click("#logout")
         page.wait_for_selector("#locked:visible")
         seen.check(site.authority)
+
+
+@pytest.mark.parametrize("names", [("fl.example",), ()], ids=["private", "public"])
+def test_after_a_restart_the_page_says_that_its_login_has_ended(browser: "Browser", names: tuple[str, ...]) -> None:
+    directory = make_directory(scratch() / "aggregator")
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(directory, "127.0.0.1:0", *names) as site:
+        page.goto(f"http://{site.authority}/")
+        log_in(page, site)
+        page.wait_for_selector("#tiles dd", timeout=WITHIN_MS)
+    with serving(directory, site.authority, *names) as again:
+        page.wait_for_selector("#login:visible", timeout=WITHIN_MS)
+        assert page.locator("#pause").is_hidden()
+        if names:
+            assert page.locator("#locked").is_visible()
+            assert page.locator("#figures").is_hidden()
+            assert page.text_content("#live") == "log in to read"
+            assert page.title() == "Ternbus: log in"
+        log_in(page, again)
+        until(page, "document.querySelector('#live').textContent.startsWith('live')")
+        assert page.locator("#figures").is_visible()
+    context.close()
+
+
+def test_the_tabs_of_a_browser_share_the_login(browser: "Browser") -> None:
+    with serving(make_directory(scratch() / "aggregator")) as site:
+        context = browser.new_context()
+        first, second = context.new_page(), context.new_page()
+        for page in (first, second):
+            page.goto(f"http://{site.authority}/")
+            page.wait_for_selector("#login:visible", timeout=WITHIN_MS)
+        log_in(first, site)
+        second.wait_for_selector("#logout:visible", timeout=WITHIN_MS)
+        second.click("#logout")
+        first.wait_for_selector("#login:visible", timeout=WITHIN_MS)
+        log_in(second, site)
+        first.click("#pause")
+        first.click("#dialog-do")
+        until(first, "document.querySelector('#said').textContent.startsWith('paused')")
+        context.close()
+
+
+def test_without_network_an_action_says_so_in_words(browser: "Browser") -> None:
+    with serving(make_directory(scratch() / "aggregator")) as site, opened(browser, f"http://{site.authority}/") as seen:
+        page = seen.page
+        log_in(page, site)
+        page.wait_for_selector("#versions tbody button", timeout=WITHIN_MS)
+        page.route("**/*", lambda route: route.abort("internetdisconnected"))
+        page.click("#pause")
+        page.click("#dialog-do")
+        until(page, "document.querySelector('#dialog-fault').textContent.startsWith('No answer')")
+        page.click("#dialog-cancel")
+        page.click("#logout")
+        until(page, "document.querySelector('#said').textContent.startsWith('No answer')")
+        page.locator("#versions tbody button").first.click()
+        until(page, "document.querySelector('#entry-content').textContent.startsWith('No answer')")
+
+
+def test_without_javascript_the_page_names_the_command_and_shows_no_empty_table(browser: "Browser") -> None:
+    with (
+        serving(make_directory(scratch() / "aggregator")) as site,
+        opened(browser, f"http://{site.authority}/", java_script_enabled=False) as seen,
+    ):
+        assert "ternbus aggregator status DIR" in seen.page.inner_text("main")
+        assert seen.page.locator("button:visible, table:visible").count() == 0
+
+
+def test_a_long_name_leaves_a_phone_room_for_what_is_wrong(browser: "Browser") -> None:
+    directory = make_directory(scratch() / "aggregator")
+    ledger = Ledger(directory / LEDGER)
+    ledger.write([records.DeviceEnrolled(device="w" * 64, public=bytes(32), proof=bytes(32))])
+    ledger.close()
+    with serving(directory) as site, opened(browser, f"http://{site.authority}/", viewport=PHONE) as seen:
+        wait_for_figures(seen.page)
+        box = seen.page.locator("#devices thead th >> nth=2").bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= PHONE["width"]

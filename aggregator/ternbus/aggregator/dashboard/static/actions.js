@@ -3,13 +3,18 @@
 import { byId, fill, make, moment, say } from "./words.js";
 
 let csrf = null;
+let command = ""; // that prints the token
 let changed = () => {};
+const tabs = new BroadcastChannel("session"); // other pages of this browser, which have the same cookie
 
-export const session = () => csrf !== null;
+const NO_ANSWER =
+  "No answer: the aggregator may have ended, or the network is cut. Look whether it was done before you try again.";
 
 async function post(path, body) {
   const headers = { "Content-Type": "application/json", ...(csrf ? { "X-CSRF-Token": csrf } : {}) };
-  const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) });
+  const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }).catch(() => {
+    throw new Error(NO_ANSWER);
+  });
   const found = await answer.json().catch(() => ({ error: `the answer was ${answer.status}` }));
   if (answer.ok) return found;
   if (answer.status === 401) await look();
@@ -20,8 +25,8 @@ async function post(path, body) {
 export async function look() {
   const found = await (await fetch("/session")).json();
   csrf = found.csrf;
+  command = found.token_command;
   changed(found);
-  return found;
 }
 
 // fields: { name, label, type, value, options, needed }. `match`: what has to be typed to confirm.
@@ -146,7 +151,7 @@ function change(isOpen) {
   });
 }
 
-export function logIn(command) {
+function logIn() {
   ask({
     title: "Log in",
     text: `The token is in the aggregator's directory. This prints it:\n${command}`,
@@ -155,6 +160,7 @@ export function logIn(command) {
     act: async ({ token }) => {
       csrf = (await post("/login", { token })).csrf;
       await look();
+      tabs.postMessage("");
       say("logged in");
     },
   });
@@ -164,8 +170,8 @@ export function logIn(command) {
 export async function records() {
   byId("audit-section").hidden = csrf === null;
   if (csrf === null) return;
-  const answer = await fetch("/audit");
-  if (!answer.ok) return;
+  const answer = await fetch("/audit").catch(() => null);
+  if (!answer?.ok) return;
   const found = await answer.json();
   const rows = found.records.map((row) =>
     make(
@@ -178,19 +184,22 @@ export async function records() {
   fill(document.querySelector("#audit tbody"), rows);
 }
 
+async function logOut() {
+  try {
+    await post("/logout", {});
+    await look();
+    tabs.postMessage("");
+    say("logged out");
+  } catch (error) {
+    say(error.message);
+  }
+}
+
 export function begin(onChange) {
   changed = onChange;
-  let command = "";
-  byId("login").addEventListener("click", () => logIn(command));
-  byId("logout").addEventListener("click", async () => {
-    await post("/logout", {}).catch((error) => say(error.message));
-    await look();
-    say("logged out");
-  });
+  tabs.onmessage = () => look().catch(() => {}); // the stream of figures says that there is no connection
+  byId("login").addEventListener("click", logIn);
+  byId("logout").addEventListener("click", logOut);
   byId("invite").addEventListener("click", invite);
   byId("pause").addEventListener("click", () => change(byId("pause").dataset.open === "yes"));
-  return look().then((found) => {
-    command = found.token_command;
-    return found;
-  });
 }

@@ -7,6 +7,7 @@ import * as versions from "./versions.js";
 import { age, byId, bytes, clock, count, fill, make, moment, percent, rate } from "./words.js";
 
 const SILENT_MS = 10_000; // without a word of the server, which has one every 4 s
+const AGAIN_MS = 5000;
 const LATE_S = 10; // figures older than that, and than the server's usual pace, are old
 const HISTORY_MAX = 5000;
 const MARKS = { fine: "✓", degraded: "!", down: "✕", unknown: "?" };
@@ -19,16 +20,21 @@ let clockAhead = 0; // the server's clock, in seconds
 let history = null; // columns
 let wanted = { metric: null, across: "version" };
 let stream = null;
-let mayRead = false;
+let mayRead = null; // not known yet
 
 const now = () => Date.now() / 1000 + clockAhead;
 
 // Following
 
+/** Ask who we are, which opens the stream of who may read. A restart of the server has ended all logins. */
+function follow() {
+  actions.look().catch(() => setTimeout(follow, AGAIN_MS));
+}
+
 function open() {
   stream?.close();
-  if (!mayRead) return;
   stream = new EventSource("/events");
+  stream.onopen = () => heardAt > 0 && follow();
   stream.onmessage = (event) => take(JSON.parse(event.data));
   stream.addEventListener("alive", () => {
     heardAt = Date.now();
@@ -36,11 +42,12 @@ function open() {
   });
   stream.addEventListener("logout", () => {
     stream.close();
-    actions.look();
+    follow();
   });
-  // A browser gives up for good at an answer that is no stream, as while the server restarts behind a proxy.
+  // A browser gives up for good at an answer that is no stream, as while the server restarts behind a proxy,
+  // or where the restarted server wants a new login.
   stream.onerror = () => {
-    if (stream.readyState === EventSource.CLOSED) setTimeout(open, 5000);
+    if (stream.readyState === EventSource.CLOSED) setTimeout(follow, AGAIN_MS);
     showLive();
   };
 }
@@ -93,6 +100,7 @@ function doubt() {
 }
 
 function showLive() {
+  if (mayRead === false) return;
   const why = doubt();
   const live = byId("live");
   live.dataset.level = why ? "down" : heardAt === 0 ? "unknown" : "fine";
@@ -225,6 +233,7 @@ function showState() {
 }
 
 function show() {
+  if (mayRead === false) return; // a look that was under way when the login ended
   showLive();
   showHealth();
   if (state === null) return;
@@ -243,13 +252,24 @@ function who(found) {
   for (const id of ["logout", "invite", "pause"]) byId(id).hidden = !isIn;
   byId("locked").hidden = found.may_read;
   byId("figures").hidden = !found.may_read;
+  mayRead = found.may_read;
   devices.onRevoke(isIn ? actions.revoke : null);
   versions.onActions(isIn ? { tag: actions.tag, rollBack: actions.rollBack } : null);
   actions.records();
-  mayRead = found.may_read;
   const isFollowing = stream !== null && stream.readyState !== EventSource.CLOSED;
-  if (found.may_read && !isFollowing) open();
-  if (!found.may_read) stream?.close();
+  if (mayRead && !isFollowing) open();
+  if (!mayRead) forget();
+}
+
+/** No figure is left to who may not read, nor to the title of the page. */
+function forget() {
+  stream?.close();
+  [state, history, fault, heardAt] = [null, null, "", 0];
+  document.title = "Ternbus: log in";
+  byId("federation").textContent = "Ternbus";
+  byId("state").hidden = true;
+  byId("live").dataset.level = "unknown";
+  byId("live").textContent = "log in to read";
 }
 
 devices.begin();
@@ -270,3 +290,4 @@ setInterval(() => {
   if (state !== null && document.body.dataset.stale === "no") showTiles();
 }, 1000);
 actions.begin(who);
+follow();

@@ -81,9 +81,13 @@ async function openEntry(version) {
   const place = byId("entry-content");
   place.replaceChildren(make("p", { textContent: "looking …" }));
   byId("entry").showModal();
-  const answer = await fetch(`/versions/${version}`);
-  const entry = await answer.json();
-  if (!answer.ok) {
+  let entry;
+  try {
+    entry = await (await fetch(`/versions/${version}`)).json();
+  } catch {
+    entry = { error: "No answer: the aggregator may have ended, or the network is cut." };
+  }
+  if (entry.error) {
     place.replaceChildren(make("p", { textContent: entry.error }));
     return;
   }
