@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
-from ternbus.aggregator.shell import administration, quickstart
+from ternbus.aggregator.shell import administration, cli, quickstart
 from ternbus.aggregator.shell.quickstart import First
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.endpoint import Endpoint
@@ -85,6 +87,23 @@ def test_without_a_model_that_can_be_read_nothing_is_made(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"none\.safetensors"):
         quickstart.start_broker(tmp_path / "new", Engine.AUTO, first)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("--invite pi-1 --invite --", "invalid device name '--'"),
+        ("--evaluator Judge", "invalid device name 'Judge'"),
+        ("--federation My.Home", "invalid federation name 'My.Home'"),
+        ("--invite pi-1 --evaluator pi-1", "pi-1 cannot be a device and an evaluator"),
+    ],
+)
+def test_with_a_wrong_name_nothing_is_made(tmp_path: Path, words: str, refused: str) -> None:
+    new, model = tmp_path / "new", tmp_path / "model.safetensors"
+    save_file({"w": np.zeros((3, 2), np.float32)}, model)
+    line = ["up", str(new), "--model", str(model), "--port", "0", *words.split()]
+    assert refused in str(CliRunner().invoke(cli.app, line).exception)
+    assert not new.exists()
 
 
 def test_a_port_that_something_else_uses_is_not_chosen_anew(made: Callable[[str], Path]) -> None:

@@ -280,6 +280,7 @@ def up(
     say = LogOutput(as_json=log == LogFormat.JSON)
     listener = dashboard_process.listen(dashboard, dashboard_hosts or ())
     first = quickstart.First(model=model, federation=federation, host=host, port=port, tls=tls)
+    quickstart.check_names(first, devices or (), evaluators or ())
     with quickstart.start_broker(directory, engine, first) as broker:
         if not broker.endpoint.tls and not is_loopback(broker.endpoint.host):
             open_to = f"{broker.url} is open to the network, without TLS"

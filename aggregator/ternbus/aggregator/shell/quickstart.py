@@ -18,6 +18,7 @@ from ternbus.broker.log_levels import ERROR
 from ternbus.broker.log_output import WriteLog
 from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.endpoint import PORTS, Endpoint, is_loopback, is_same_host
+from ternbus.broker.protocol.identity import check_device, check_federation
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
 
@@ -72,6 +73,15 @@ class First:
                     f"{directory} holds the federation {settings.federation} with the broker {endpoint} already, and "
                     f"{option} is for the first start: leave it out"
                 )
+
+
+def check_names(first: First, devices: Sequence[str], evaluators: Sequence[str]) -> None:
+    """Raise ConfigError for a name that cannot be, before anything is made."""
+    check_federation(first.name)
+    for name in (*devices, *evaluators):
+        check_device(name)
+    if both := sorted(set(devices) & set(evaluators)):
+        raise ConfigError(f"{both[0]} cannot be a device and an evaluator: use two names")
 
 
 def start_command(directory: Path) -> str:
