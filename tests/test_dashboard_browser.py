@@ -388,7 +388,10 @@ def test_the_tabs_of_a_browser_share_the_login(browser: "Browser") -> None:
 
 
 def test_without_network_an_action_says_so_in_words(browser: "Browser") -> None:
-    with serving(make_directory(scratch() / "aggregator")) as site, opened(browser, f"http://{site.authority}/") as seen:
+    with (
+        serving(make_directory(scratch() / "aggregator")) as site,
+        opened(browser, f"http://{site.authority}/") as seen,
+    ):
         page = seen.page
         log_in(page, site)
         page.wait_for_selector("#versions tbody button", timeout=WITHIN_MS)

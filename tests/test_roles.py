@@ -66,7 +66,7 @@ def test_an_evaluators_updates_are_refused_and_nobody_waits_for_it(make: Make) -
         (receipt,) = bench.send(judge, ternary_block(bench.schema, 1), session - 1)
         assert (receipt.outcome, receipt.reason) == (
             "invalid",
-            "evaluator: a member that was invited as an evaluator sends no updates",
+            "evaluator: a member that was invited as an evaluator sends no updates: run `ternbus edge evaluate`",
         )
         (receipt,) = receipts(bench.receive(judge.topic("offer"), judge.offer(session - 1, 3)))
         assert receipt.reason.startswith("evaluator:")

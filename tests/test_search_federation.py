@@ -14,6 +14,7 @@ from support.commands import printed
 from support.noise_task import memory
 from ternbus.aggregator.store import status
 from ternbus.edge.tasks import digits_numpy
+from ternbus.lab.report import report
 from ternbus.lab.report.progress import Lines
 from ternbus.lab.scenario.scenario import End, Fault, Local, Scenario, Speeds
 from ternbus.lab.virtual.simulate import Simulation
@@ -54,6 +55,14 @@ def test_a_search_in_virtual_time_is_the_same_in_memory_on_disk_and_over_kills(t
     assert again.aggregator.core.search.state.status() == shown
 
 
+def test_the_lab_says_that_nobody_judges() -> None:
+    nobody = replace(SCENARIO, local=Local(), end=End(versions=3))
+    told = dict(report.table(simulated(nobody).report(1.0)))["search"]
+    assert told.startswith("nothing yet (0 rungs); no two devices with held-out data")
+    assert told.endswith("set `hold_out` in [local]")
+    assert "hold_out" not in dict(report.table(simulated(SCENARIO).report(1.0)))["search"]
+
+
 def test_widths_are_searched_by_class_under_a_latency_in_virtual_time() -> None:
     scenario = replace(
         SCENARIO,
@@ -69,12 +78,12 @@ def test_widths_are_searched_by_class_under_a_latency_in_virtual_time() -> None:
         },
         end=End(versions=45),
     )
-    report = simulated(scenario).report(1.0)
-    found = report["search"]
+    about = simulated(scenario).report(1.0)
+    found = about["search"]
     slow, others = ([row for row in found["latency_s"][place] if row is not None] for place in (0, 1))
     assert found["best"][0] == 0  # 40 s for the whole model, 20 s for half of it
     assert slow[0] == pytest.approx(4 * others[0])
-    assert {"accuracy@0.25", "accuracy@0.5", "accuracy@1"} <= report["metrics"].keys()
+    assert {"accuracy@0.25", "accuracy@0.5", "accuracy@1"} <= about["metrics"].keys()
 
 
 def lab_run(folder: Path, scenario: str) -> dict[str, Any]:

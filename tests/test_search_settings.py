@@ -110,7 +110,13 @@ def test_people_see_that_nobody_judges() -> None:
     assert "1 rung judged" in opening  # of one class; the other has sent too little
     assert hint not in opening
     widths = Search.of(settings(WIDTHS), 0)
-    assert "evaluators judge widths" in search_text.lines(state_of(widths).status())[0]
+    assert "evaluators judge widths by the primary metric" in search_text.lines(state_of(widths).status())[0]
+
+
+def test_people_see_by_which_metric_nobody_judges() -> None:
+    search = Search.of(settings(metric="acuracy"), 0)
+    search.made(1, [update("pi-1", 0)])
+    assert "judged a version by acuracy:" in search_text.lines(state_of(search).status())[0]
 
 
 def test_a_notebook_has_a_row_for_each_step_and_arm() -> None:

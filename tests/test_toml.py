@@ -52,6 +52,12 @@ def test_what_is_no_toml_is_refused_with_its_place() -> None:
         toml.loads("a = 1\nb = \n", "edge.toml")
 
 
+@pytest.mark.parametrize("twice", ["[a]\nb = 1\n[a]\nb = 2\n", "a = 1\na = 2\n", "[a]\nb = 1\n[a.b]\n"])
+def test_what_is_there_twice_is_said_to_be_changed_where_it_is(twice: str) -> None:
+    with pytest.raises(ConfigError, match="this section or key is there already: change it where it is"):
+        toml.loads(twice, "aggregator.toml")
+
+
 def test_what_is_too_long_is_not_even_parsed() -> None:
     with pytest.raises(ConfigError, match="too large"):
         toml.loads("#" * (toml.BYTES_MAX + 1), "edge.toml")

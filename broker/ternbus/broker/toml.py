@@ -28,7 +28,9 @@ def loads(content: str | bytes, source: str) -> dict[str, Any]:
         table = tomllib.loads(text.removeprefix("\ufeff"))
     # A TOMLDecodeError is a ValueError. int() raises a ValueError for thousands of digits, which tomllib accepts.
     except ValueError as error:
-        raise ConfigError(f"{source} is not valid TOML: {error}") from error
+        is_there = str(error).startswith(("Cannot declare", "Cannot overwrite"))
+        remedy = "; this section or key is there already: change it where it is" if is_there else ""
+        raise ConfigError(f"{source} is not valid TOML: {error}{remedy}") from error
     except RecursionError as error:
         raise ConfigError(f"{source} is too deeply nested for a Ternbus file: more than {DEPTH_MAX} levels") from error
     _check(table, source)

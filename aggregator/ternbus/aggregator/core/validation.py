@@ -123,7 +123,8 @@ class Validation:
         if closed:
             return Verdict("invalid", "closed")
         if member.role == EVALUATOR:
-            return Verdict("invalid", "evaluator: a member that was invited as an evaluator sends no updates")
+            why = "a member that was invited as an evaluator sends no updates: run `ternbus edge evaluate`"
+            return Verdict("invalid", f"evaluator: {why}")
         return None
 
     def judge(

@@ -17,9 +17,11 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if all(found["done"]):
         opening += "; it has ended: write the best arm into [plan], and leave out [search]"
     if len(steps) == 1 and found["judged"] == 0 and any(map(any, found["updates"])):
-        opening += "; no two devices with held-out data have judged a version: join devices with --hold-out"
+        by = f"have judged a version by {found['metric'] or 'loss'}: join devices with --hold-out"
+        opening += f"; no two devices with held-out data {by}, of a task with this metric"
     if len(steps) == 1 and found["judged"] is None:
-        opening += "; evaluators judge widths: there must be one"
+        by = found["metric"] or "the primary metric"
+        opening += f"; evaluators judge widths by {by}: there must be one that has it"
     columns = dict.fromkeys(("class", "arm"), "<") | dict.fromkeys(("share", "updates", "effect", "seconds"), ">")
     rows = []
     for place, name in enumerate(found["classes"]):

@@ -12,6 +12,7 @@ from ternbus.aggregator.store import device_metrics
 from ternbus.aggregator.store.device_metrics import shown_name, shown_value
 from ternbus.aggregator.sums.groups import BELOW_MIN
 from ternbus.broker.files import write_text
+from ternbus.broker.plural import counted
 from ternbus.broker.protocol.direction import ACCURACY, LOWER, direction_of, for_people
 from ternbus.broker.text_table import text_table
 from ternbus.lab.report import plots
@@ -159,7 +160,10 @@ def _search(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             else ", ".join(f"{key} {value:g}" for key, value in about["arms"][best].items())
         )
         found.append(f"{arm}{f' for {name}…' if name else ''}")
-    return [("search", f"{'; '.join(found)} ({len(about['steps']) - 1} rungs)")]
+    rungs = len(about["steps"]) - 1
+    nobody = rungs == 0 and about["judged"] == 0
+    remark = "; no two devices with held-out data have judged a version: set `hold_out` in [local]" if nobody else ""
+    return [("search", f"{'; '.join(found)} ({counted(rungs, 'rung')}){remark}")]
 
 
 def _test(report: Mapping[str, Any]) -> list[tuple[str, str]]:
