@@ -355,3 +355,9 @@ def test_what_is_no_function_is_refused(argument: str) -> None:
 def test_what_is_no_dict_or_list_is_refused(argument: str, given: object, kind: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"the task mine: {argument} is {given!r}, but must be {kind}")):
         FlowerTask(**dict[str, Any](name="mine", client_fn=print) | {argument: given})
+
+
+def test_a_client_fn_of_other_arguments_is_said_with_its_place() -> None:
+    none: Any = lambda: None  # noqa: E731 - it stands for a user's
+    with pytest.raises(ConfigError, match=r"^test_flower_adapter.py, line \d+: this is called as client_fn\(context\)"):
+        FlowerTask(name="mine", client_fn=none).evaluator(data=None)

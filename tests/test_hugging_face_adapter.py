@@ -233,3 +233,10 @@ def test_an_exception_of_base_names_its_own_line() -> None:
     with pytest.raises(OSError, match="no such checkpoint") as caught:
         task_of(base=broken).initial(0)
     assert "test_hugging_face_adapter.py" in describe(caught.value)
+
+
+def test_a_base_that_is_no_model_is_said_with_its_place() -> None:
+    base: Any = lambda: None  # noqa: E731 - it stands for a user's
+    task = HuggingFaceTask(name="mine", base=base, tokenizer=base, data=base)
+    with pytest.raises(ConfigError, match=r"line \d+: base\(\) returned NoneType: it must return a model$"):
+        task.initial(0)

@@ -133,6 +133,18 @@ def test_a_task_without_a_model_or_data_says_so() -> None:
         TorchTask(name="own", model=linear).evaluator(data=None)
 
 
+def test_data_of_other_arguments_are_said_with_their_place_and_errors_within_stay_what_they_are() -> None:
+    one: Any = lambda folder: (INPUTS, TARGETS)  # noqa: E731 - it stands for a user's
+    with pytest.raises(ConfigError, match=r"^test_torch_task.py, line \d+: this is called as data\(folder, split\): "):
+        TorchTask(name="own", model=linear, data=one).evaluator(data=None)
+
+    def failing(folder: Path | None, split: str) -> Any:
+        return len(split) + len(folder)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="has no len"):
+        TorchTask(name="own", model=linear, data=failing).evaluator(data=None)
+
+
 # -- what models take and give
 
 

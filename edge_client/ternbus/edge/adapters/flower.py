@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.direction import Direction
-from ternbus.edge.adapters.foreign import check_functions, check_lists, check_tables, place_of, seeded
+from ternbus.edge.adapters.foreign import check_functions, check_lists, check_tables, seeded
+from ternbus.edge.learn.calls import called, place_of
 from ternbus.edge.learn.failure import looking_at_data
 from ternbus.edge.learn.partition_spec import Partition, PartitionError
 from ternbus.edge.learn.task import Evaluation, Trained
@@ -103,7 +104,8 @@ class FlowerTask:
         node: dict[str, Scalar] = {"partition-id": index, "num-partitions": parts}
         if data is not None:
             node["data"] = str(data)
-        made = self.client_fn(Context(node_config=node, run_config=self.run_config))
+        context = Context(node_config=node, run_config=self.run_config)
+        made = called("client_fn(context)", self.client_fn, context)
         client = getattr(made, "numpy_client", made)  # which `to_client()` wraps
         if missing := [name for name in METHODS if not callable(getattr(client, name, None))]:
             raise ConfigError(
@@ -222,7 +224,7 @@ class FlowerTrainer:
         began = time.perf_counter()
         config = _config(plan, version, seed)
         if (more := self._task.on_fit_config_fn) is not None:
-            added: Any = more(version + 1)
+            added: Any = called("on_fit_config_fn(server_round)", more, version + 1)
             if not isinstance(added, Mapping):
                 _fail(f"{place_of(more)}on_fit_config_fn() returned {_kind(added)}: return a dict")
             config |= added

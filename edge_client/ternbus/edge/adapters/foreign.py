@@ -1,12 +1,10 @@
-"""What all adapters need around code of other libraries: fixed random numbers, and the place of a function in words."""
+"""What all adapters need around code of other libraries: fixed random numbers, and arguments that are functions."""
 
-import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,9 +63,3 @@ def check_lists(task: str, **lists: object) -> None:
             or not all(isinstance(one, str) for one in given)
         ):
             raise ConfigError(f"the task {task}: {name} is {given!r}, but must be a list of texts")
-
-
-def place_of(function: Callable[..., object]) -> str:
-    """File and line of a function's definition, as a prefix of an error; empty for a function without source."""
-    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return f"{Path(code.co_filename).name}, line {code.co_firstlineno}: " if code is not None else ""

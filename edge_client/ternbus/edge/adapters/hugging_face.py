@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import ternbus.edge.torch.torchvision_ops  # noqa: F401 - before a library that imports torchvision
 from ternbus.broker.errors import ConfigError
-from ternbus.edge.adapters.foreign import place_of
+from ternbus.edge.learn.calls import place_of
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
@@ -80,7 +80,9 @@ class HuggingFaceTask(TorchTask):
         """The model with its adapters. Frozen tensors are the same at each call, on every device with this base."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a new head, of which PEFT keeps a frozen twin
-            net = self.base()
+            net: object = self.base()
+        if not isinstance(net, nn.Module):
+            raise ConfigError(f"{place_of(self.base)}base() returned {type(net).__name__}: it must return a model")
         if self.peft is not None:
             net = _adapted(net, self.peft)
         else:

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge.adapters.estimators import Estimator, Labels, Matrix, Model, refused
-from ternbus.edge.adapters.foreign import check_functions, check_tables, place_of
+from ternbus.edge.adapters.foreign import check_functions, check_tables
+from ternbus.edge.learn.calls import called, place_of
 from ternbus.edge.learn.class_counts import counted
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Rows
@@ -118,7 +119,7 @@ class SklearnTask:
 
     def _read(self, folder: Path | None, split: Split) -> tuple[Matrix, Labels]:
         """The data of a split, checked. Raises `ConfigError` for data that the estimator cannot take."""
-        found: Any = self.data(folder, split)
+        found: Any = called("data(folder, split)", self.data, folder, split)
         what = f"{place_of(self.data)}data(folder, {split!r})"
         if not isinstance(found, tuple) or len(found) != 2:
             raise ConfigError(f"{what} returned {type(found).__name__}: return a tuple of X, y")

@@ -27,6 +27,7 @@ from torch import nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
+from ternbus.edge.learn.calls import called
 from ternbus.edge.learn.kinds import LOCAL, NOT_FINITE
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Rows
@@ -145,7 +146,7 @@ class TorchTask:
         """All samples of "train" or "test", in one of the forms of `forms.FORMS`."""
         if getattr(self, "data", None) is None:
             raise ConfigError(f"the task {self.name} has no data: give TorchTask(data=…), or a method dataset()")
-        return self.data(folder, split)
+        return called("data(folder, split)", self.data, folder, split)
 
     def owner(self, folder: Path | None) -> Any:
         """A label of the owner of each training sample, of any kind, for `--partition natural:I`; None without owners.
