@@ -244,11 +244,20 @@ def test_beyond_this_machine_reading_needs_the_token(private: Site) -> None:
     assert "secure" in secure.headers["set-cookie"].lower()
 
 
-def test_an_address_for_all_machines_is_private() -> None:
-    with serving(make_directory(scratch() / "aggregator"), "0.0.0.0:0") as site:  # reached by 127.0.0.1
+def test_an_address_for_all_machines_is_private_and_said_to_be_open() -> None:
+    log = Log()
+    with serving(make_directory(scratch() / "aggregator"), "0.0.0.0:0", log=log) as site:  # reached by 127.0.0.1
+        assert any("open to the network" in line for line in log.lines)
         assert site.get("/history").status == 401
         assert site.get("/", Host="0.0.0.0").status == 200
         assert site.get("/", Host="evil.example").status == 421
+
+
+def test_a_loopback_address_behind_a_proxy_is_private_and_not_said_to_be_open() -> None:
+    log = Log()
+    with serving(make_directory(scratch() / "aggregator"), "127.0.0.1:0", "fl.example", log=log) as site:
+        assert site.get("/history", Host="fl.example").status == 401
+        assert not any("open to the network" in line for line in log.lines)
 
 
 def test_fifty_viewers_are_served_and_too_many_are_refused(site: Site) -> None:

@@ -59,12 +59,16 @@ Hosts = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener:
-    """An address that listens already; ``is_private``: other machines reach it."""
+    """An address that listens already.
+
+    ``is_private``: other machines reach it, be it by a proxy; ``is_open``: they reach it directly.
+    """
 
     socket: socket.socket
     url: str
     hosts: tuple[str, ...]
     is_private: bool
+    is_open: bool
 
 
 def is_installed() -> bool:
@@ -93,6 +97,7 @@ def listen(address: str | None, names: Sequence[str] = ()) -> Listener | None:
         url=f"http://{f'[{shown}]' if ':' in shown else shown}:{actual}/",
         hosts=(*LOOPBACK_NAMES, host.lower(), *named),
         is_private=not is_loopback(host) or any(not is_loopback(name) for name in named),
+        is_open=not is_loopback(host),
     )
 
 
@@ -146,7 +151,7 @@ def beside(listener: Listener | None, directory: Path, say: WriteLog, *, as_json
         event="dashboard",
         fields={"url": listener.url},
     )
-    if listener.is_private:
+    if listener.is_open:
         say(
             "the dashboard is open to the network, without TLS: put a proxy with TLS before it, or reach it by ssh -L",
             level=WARNING,
