@@ -209,7 +209,7 @@ def test_an_aggregator_whose_making_was_killed_may_be_made_again(tmp_path: Path)
 
 def test_files_are_written_where_an_error_names_them() -> None:
     root = Path(__file__).resolve().parent.parent
-    nameless = re.compile(r"(?<!files)\.(write_text|write_bytes)\(")
+    nameless = re.compile(r"(?<!files)(?<!super\(\))\.(write_text|write_bytes)\(")  # help has a write_text, too
     found = {
         path.relative_to(root).as_posix()
         for component in ("broker", "aggregator", "edge_client", "lab")
