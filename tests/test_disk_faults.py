@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 
 from support.small_disk import LIMITED, make_read_only
-from support.small_world import BROKER_URL, LAB, Bench, initial_model, ternary_block
-from ternbus.aggregator.core import records
+from support.small_world import BROKER_URL, LAB, Bench, Lazy, initial_model, ternary_block
+from ternbus.aggregator.core import events, records
 from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.store import copying
 from ternbus.aggregator.store.bodies import Bodies
@@ -147,9 +148,15 @@ def test_a_body_that_does_not_fit_names_its_file(tmp_path: Path) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, bodies._descriptor or 0)
     os.close(full)
-    with pytest.raises(StorageError, match=f"^cannot write {tmp_path / 'bodies' / '1.bodies'}: No space left"):
+    named = f"^cannot write {tmp_path / 'bodies' / '1.bodies'}: No space left"
+    with pytest.raises(StorageError, match=named):
         bodies.append(b"two")
-    bodies.close()
+    with ThreadPoolExecutor(1) as thread:
+        bodies.append_ahead([b"two"], thread)
+        with pytest.raises(StorageError, match=named):
+            bodies.sync()
+        bodies.append_ahead([b"two"], thread)
+        bodies.close()  # who closes does not ask
 
 
 @contextmanager
@@ -218,3 +225,31 @@ def test_files_are_written_where_an_error_names_them() -> None:
     }
     # the second runs alone, and goes on where it cannot write
     assert found == {"broker/ternbus/broker/files.py", "broker/ternbus/broker/server/refusals.py"}
+
+
+def test_bodies_that_were_appended_ahead_are_appended_once_in_their_order(tmp_path: Path) -> None:
+    """A merge takes as long as the disk: both go on beside each other, and two merges may follow in one turn."""
+    first, second, third, equal = bytes([1]) * 10, bytes([2]) * 20, bytes([3]) * 30, bytearray([1]) * 10
+    bodies, thread = Bodies(tmp_path / "bodies", 1), Lazy()
+    bodies.append_ahead([first, second], thread)
+    bodies.append_ahead([first, second, third], thread)
+    places = [bodies.append(each) for each in (first, second, bytes(equal), third)]
+    bodies.sync()
+    assert [place.offset for place in places] == [0, 10, 60, 30]
+    assert [bodies.read(place) for place in places] == [first, second, first, third]
+    assert (tmp_path / "bodies" / "1.bodies").stat().st_size == 70
+    bodies.close()
+
+
+def test_as_a_merge_begins_the_shell_is_told_of_what_was_accepted(make: Callable[..., Bench]) -> None:
+    bench = make(merge__buffer_size=1)
+    pi, seen = bench.join("pi"), list[list[records.Record]]()
+
+    def begins() -> None:
+        seen.append([action.record for action in bench.core.taken if isinstance(action, events.Save)])
+
+    bench.core.model.begins = begins
+    bench.send(pi, ternary_block(bench.schema, 1), 0)
+    ((accepted,),) = seen
+    assert isinstance(accepted, records.UpdateAccepted)
+    assert bench.core.model.version == 1

@@ -90,6 +90,7 @@ class Core:
     _watch: Watch = field(init=False)
     _is_linked: bool = False  # there is a connection, or one is being made
     _now: float = 0.0
+    taken: list[Action] = field(default_factory=list)  # of the event at hand, for `Model.begins`
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -192,9 +193,8 @@ class Core:
     def handle(self, event: events.Event, now: float) -> list[Action]:
         """Take in one event at ``now`` (seconds, never going back); return what is to be done, in order."""
         self._now = now
-        actions = self._take(event)
-        actions += self._on_time()
-        return actions
+        self.taken = self._take(event)
+        return [*self.taken, *self._on_time()]
 
     def restored(self, clock_s: float) -> list[Action]:
         """After ``start``, this state is an older copy: go above every number that a device may have seen.

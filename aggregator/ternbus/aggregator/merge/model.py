@@ -53,6 +53,7 @@ class Model:
     digest: bytes = b""
     buffer: list[AcceptedUpdate] = field(default_factory=list)
     summing: Callable[[Schema], Sum] = ExactSum  # of buffers that begin from now on
+    begins: Callable[[], None] = lambda: None  # called as a merge begins, which takes its time
     _gathered: Mean | Buffered = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class Model:
 
         ``block`` is the change of the published vector where it was decided before.
         """
+        self.begins()
         before = self.server
         weights = self.step_server()
         server, self.server = self.server, before

@@ -94,6 +94,7 @@ class Service:
     _ledger: Ledger = field(init=False)
     _core: Core = field(init=False)
     _link: Link = field(init=False)
+    _actions: list[events.Action] = field(default_factory=list)  # of the turn at hand, without those of its last event
     _topics: dict[int, str] = field(default_factory=dict)  # of publications without an answer, by ticket
     _answers: dict[int, int] = field(default_factory=dict)  # bytes of those that are receipts and grants
     _answer_bytes: int = 0  # of all of them
@@ -118,6 +119,7 @@ class Service:
         with (
             exclusive(self.directory),
             ThreadPoolExecutor(1, thread_name_prefix="vectors") as beside,
+            ThreadPoolExecutor(1, thread_name_prefix="bodies") as ahead,
             ThreadPoolExecutor(self.adders, thread_name_prefix="adding") as adding,
             writing(self.directory, beside) as self._ledger,
             self.beside,
@@ -126,6 +128,7 @@ class Service:
             self._core = open_core(self.directory, self._ledger, self.software)
             self._core.model.sum_by(partial(summing, adding, self.adders))
             core = self._core
+            core.model.begins = partial(self._append_ahead, ahead)
             self._preverifier = Preverifier(
                 registry=core.registry, validation=core.validation, model=core.model, work=core.work
             )
@@ -174,7 +177,7 @@ class Service:
             self._measured_at = now
             self._perform(self._core.handle(events.DiskChecked(free=disk.free(self.directory)), now))
         batch = self._next_batch()
-        actions: list[events.Action] = []
+        actions = self._actions = []
         tokens: list[Token] = []
         for event in batch:
             if self._interrupted:
@@ -187,6 +190,13 @@ class Service:
         if tokens:
             reached("acknowledge")
             self._link.acknowledge(tokens)
+
+    def _append_ahead(self, thread: ThreadPoolExecutor) -> None:
+        """As a merge begins: have the bodies of what it merges written, for which the disk takes as long."""
+        saves = [action for action in (*self._actions, *self._core.taken) if isinstance(action, events.Save)]
+        bodies = [save.record.body for save in saves if isinstance(save.record, records.UpdateAccepted)]
+        if bodies:
+            self._ledger.bodies.append_ahead(bodies, thread)
 
     def _next_batch(self) -> list[Item]:
         """Everything that waits, at most BATCH; nothing if a deadline comes first."""

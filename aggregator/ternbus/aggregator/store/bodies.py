@@ -5,6 +5,8 @@ SQLite would write each body twice, page by page. Appended to a file, a body is 
 
 import os
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,12 +39,35 @@ class Bodies:
     _descriptor: int | None = field(default=None)
     _end: int = 0
     _dirty: bool = False
+    _ahead: Future[list[tuple[bytes, Place]]] | None = None  # in another thread, which alone appends meanwhile
+    _places: dict[int, tuple[bytes, Place]] = field(default_factory=dict)  # of what it has appended, by `id`
 
     def __post_init__(self) -> None:
         self._path = self._of(self.segment)
 
+    def append_ahead(self, bodies: Sequence[bytes], thread: Executor) -> None:
+        """Have a thread append these and make them durable; ``append`` then says where they are."""
+        self._join()
+        self._ahead = thread.submit(self._append_all, [body for body in bodies if id(body) not in self._places])
+
+    def _append_all(self, bodies: Sequence[bytes]) -> list[tuple[bytes, Place]]:
+        found = [(body, self._append(body)) for body in bodies]
+        self._sync()
+        return found
+
+    def _join(self) -> None:
+        """Wait for what is done ahead; StorageError where the disk did not take it."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            self._places |= {id(body): (body, place) for body, place in ahead.result()}
+
     def append(self, body: bytes) -> Place:
-        """Put a body behind the last one; StorageError where the disk does not take it."""
+        """Put a body behind the last one, unless that was done ahead; StorageError where the disk does not take it."""
+        self._join()
+        known = self._places.pop(id(body), None)
+        return self._append(body) if known is None else known[1]
+
+    def _append(self, body: bytes) -> Place:
         with files.storing(self._path):
             if self._descriptor is None:
                 self._open()
@@ -58,6 +83,10 @@ class Bodies:
 
     def sync(self) -> None:
         """Make durable what was appended since the last call."""
+        self._join()
+        self._sync()
+
+    def _sync(self) -> None:
         if self._dirty and self._descriptor is not None:
             with files.storing(self._path):
                 os.fdatasync(self._descriptor)
@@ -84,6 +113,8 @@ class Bodies:
         return [path for path in numbered if int(path.stem) < segment]
 
     def close(self) -> None:
+        if self._ahead is not None:  # before its file is closed; who closes no longer asks how it went
+            wait([self._ahead])
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
