@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +63,11 @@ class OnDisk(Helper):
 
 
 @pytest.fixture
-def helper(tmp_path: Path) -> OnDisk:
+def helper(tmp_path: Path) -> Iterator[OnDisk]:
     made = OnDisk().on(tmp_path)
     made.connect()
-    return made
+    yield made
+    made.store.__exit__(None, None, None)
 
 
 def set_of(helper: Helper, *devices: str, version: int = 4) -> Asked:

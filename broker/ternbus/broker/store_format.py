@@ -120,6 +120,23 @@ def unreadable(path: Path, error: sqlite3.Error | UnicodeDecodeError, remedy: st
 
 
 @contextmanager
+def opening(
+    path: Path, connect: Callable[[], sqlite3.Connection], remedy: str = RESTORE
+) -> Iterator[sqlite3.Connection]:
+    """A connection to a store, which is closed again where what opens it fails; errors are those of ``unreadable``."""
+    db = None
+    try:
+        db = connect()
+        yield db
+    except BaseException as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, sqlite3.DatabaseError | UnicodeDecodeError):
+            raise unreadable(path, error, remedy) from error
+        raise
+
+
+@contextmanager
 def naming(path: Path, remedy: str = RESTORE) -> Iterator[None]:
     """CorruptError, StorageError or ConfigError, with the store's path, in place of SQLite's errors.
 

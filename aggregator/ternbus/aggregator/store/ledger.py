@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -61,8 +62,8 @@ class Ledger:
         if not path.exists():
             raise lost_ledger.missing(path)
         self.path, self._remedy = path, remedy(path.parent)
-        try:
-            self.db = _connect(path, read_only=read_only, untouched=untouched)
+        connect = partial(_connect, path, read_only=read_only, untouched=untouched)
+        with store_format.opening(path, connect, self._remedy) as self.db:
             self.db.execute("PRAGMA query_only = ON" if read_only else "PRAGMA synchronous = FULL")
             self.db.execute("PRAGMA secure_delete = FAST")  # or spent codes would stay in the page, as free space
             checksums.register(self.db)
@@ -80,11 +81,8 @@ class Ledger:
             self.leaving: Callable[[int], None] | None = None  # called before versions below one are forgotten
             self._pending: Future[_Written] | None = None
             self._checkpoint: Future[None] | None = None
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            raise store_format.unreadable(path, error, self._remedy) from error
-        if found != FORMAT:
-            self.close()
-            raise migration.refusal(path, found)
+            if found != FORMAT:
+                raise migration.refusal(path, found)
 
     @classmethod
     def create(cls, path: Path, facts: dict[str, Any]) -> "Ledger":

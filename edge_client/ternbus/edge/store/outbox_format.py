@@ -7,13 +7,14 @@ of what the outbox holds raises ``FORMAT`` and adds a step here, but for a name 
 import shlex
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.errors import CorruptError
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 from ternbus.edge.plan.privacy import Account
 
@@ -225,17 +226,10 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 
     ConfigError where it is of a newer format, CorruptError where it is no such store or damaged.
     """
-    db = _connect(path)
-    try:
+    with _opening(path) as db:
         store_format.migrate(db, path, FORMATS)
         check(db, path)
-    except (ConfigError, CorruptError):
-        db.close()
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        db.close()
-        raise store_format.unreadable(path, error, remedy(path)) from error
-    return db
+        return db
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
@@ -243,8 +237,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 
     ConfigError where it is of a newer format, CorruptError where it is no such store or damaged.
     """
-    db = _connect(path)
-    try:
+    with _opening(path) as db:
         found = _read(db)
         if found == FORMAT:
             db.execute("BEGIN")  # all that is read is of one moment
@@ -252,24 +245,17 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
             return db
         if found not in FORMATS.steps:
             raise FORMATS.refusal(path, found)
-        with closing(db):
-            memory = sqlite3.connect(":memory:", isolation_level=None)
+        connect = partial(sqlite3.connect, ":memory:", isolation_level=None)
+        with closing(db), store_format.opening(path, connect, remedy(path)) as memory:
             db.backup(memory)
-    except (ConfigError, CorruptError):
-        db.close()
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        db.close()
-        raise store_format.unreadable(path, error, remedy(path)) from error
-    FORMATS.advance(memory, path.parent)
-    return memory
+            FORMATS.advance(memory, path.parent)
+            return memory
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+@contextmanager
+def _opening(path: Path) -> Iterator[sqlite3.Connection]:
+    connect = partial(sqlite3.connect, path, timeout=10.0, isolation_level=None)
+    with store_format.opening(path, connect, remedy(path)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise store_format.unreadable(path, error, remedy(path)) from error
-    return db
+        yield db

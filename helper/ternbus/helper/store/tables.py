@@ -8,12 +8,13 @@ import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from ternbus.broker import store_format
-from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.errors import CorruptError
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 
 FILE: Final = "helper.db"
@@ -104,26 +105,17 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
 
 
 def _opened(path: Path, tables: Iterable[str], *, migrates: bool) -> sqlite3.Connection:
-    try:
-        db = sqlite3.connect(path, timeout=10.0, isolation_level=None)
+    connect = partial(sqlite3.connect, path, timeout=10.0, isolation_level=None)
+    with store_format.opening(path, connect, remedy(path)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA secure_delete = ON")  # an erased box key leaves nothing
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise store_format.unreadable(path, error, remedy(path)) from error
-    try:
         if migrates:
             store_format.migrate(db, path, FORMATS)
         elif (found := _read(db)) != FORMAT:
             raise FORMATS.refusal(path, found, "run `ternbus helper run`")
         check(db, path, tables)
-    except (ConfigError, CorruptError):
-        db.close()
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        db.close()
-        raise store_format.unreadable(path, error, remedy(path)) from error
-    return db
+        return db
 
 
 def check(db: sqlite3.Connection, path: Path, tables: Iterable[str]) -> None:
