@@ -74,6 +74,13 @@ def test_a_store_on_a_full_disk_says_so_and_what_to_do(tmp_path: Path, monkeypat
     assert str(unreadable(path, shared)).endswith(f"what SQLite says: the disk is full; {path_errors.MAKE_ROOM}")
 
 
+def test_a_store_whose_disk_is_gone_keeps_what_sqlite_says(tmp_path: Path) -> None:
+    """As of a drive that was pulled out: nothing can be asked of its folder."""
+    path = tmp_path / "gone" / "store.sqlite"
+    said = unreadable(path, sqlite_error(sqlite3.SQLITE_IOERR))
+    assert (type(said), str(said)) == (StorageError, f"cannot read {path}: what SQLite says")
+
+
 def test_a_model_that_does_not_fit_is_a_fault_of_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with no_file_larger_than(4000), pytest.raises(StorageError, match=f"^cannot write {path}: ") as raised:

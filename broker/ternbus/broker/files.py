@@ -115,8 +115,11 @@ def is_read_only(folder: Path) -> bool:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the folder's file system has no room for a small file."""
-    found = os.statvfs(folder)
+    """Whether the folder's file system has no room for a small file; not where it is gone, or does not answer."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
     return found.f_bavail * found.f_frsize < ROOM_BYTES
 
 
