@@ -14,7 +14,8 @@ from support.small_world import make_directory, scratch
 from ternbus import doctor
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade
-from ternbus.broker.errors import ConfigError
+from ternbus.broker.errors import ConfigError, LinkError
+from ternbus.broker.link.connect_errors import UnansweredError
 from ternbus.broker.link.link import Link
 from ternbus.broker.link.probe import NAME, Inbox, judge
 from ternbus.broker.protocol import topics
@@ -146,6 +147,23 @@ def test_a_broker_of_ours_passes(engine: Engine, tmp_path: Path) -> None:
             assert grades.pop("limits", "ok") == ("warning" if engine is Engine.NATS else "ok")
             assert {grades.pop(check) for check in ("broker", "retained", "sessions", "access")} == {"ok"}
             assert set(grades.values()) <= {"ok"}
+
+
+@pytest.mark.parametrize(("error", "attempts"), [(LinkError("why"), 1), (UnansweredError("why"), 2)])
+def test_only_a_connection_that_ends_without_an_answer_is_tried_again(
+    error: LinkError, attempts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent port costs 5 s each time, and a broker may count the logins that it refuses."""
+    made = []
+
+    def connect(link: Link, *_: object) -> None:
+        made.append(link)
+        raise error
+
+    monkeypatch.setattr(Link, "connect", connect)
+    broker = "mqtt://127.0.0.1:1883"
+    assert examined(broker, code=2)[broker]["broker"][:2] == ("error", "why")
+    assert len(made) == attempts
 
 
 @pytest.mark.slow

@@ -527,7 +527,11 @@ def test_silence_is_explained(error: OSError, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("code", "what", "mend"),
-    [(10, "certificate has expired", "broker renew"), (19, "self-signed", "ca.pem in the folder")],
+    [
+        (9, "certificate is not yet valid", "set this machine's clock"),
+        (10, "certificate has expired", "broker renew"),
+        (19, "self-signed", "ca.pem in the folder"),
+    ],
 )
 def test_a_certificate_that_is_not_believed_is_explained(code: int, what: str, mend: str) -> None:
     error = ssl.SSLCertVerificationError()

@@ -4,11 +4,14 @@ import socket
 import ssl
 from typing import Final
 
+from ternbus.broker.errors import LinkError
 from ternbus.broker.protocol.endpoint import Endpoint
 
 PROBE_S: Final = 2.0
 CANNOT_SERVE: Final = "the broker cannot serve now, as when its disk is full: see its log, and free space there"
-EXPIRED: Final = 10  # OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED
+TOO_EARLY: Final = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
+EXPIRED: Final = 10  # and X509_V_ERR_CERT_HAS_EXPIRED
+CLOCK: Final = "set this machine's clock, which `date` shows: it is behind"
 RENEW: Final = "see whether `date` is right here; if so, run `ternbus broker renew` on the broker's machine"
 AUTHORITY: Final = "check the URL, and ca.pem in the folder of this aggregator or device: it has the broker's authority"
 LOGIN: Final = (
@@ -16,6 +19,10 @@ LOGIN: Final = (
     "aggregator.toml or edge.toml"
 )
 RETAIN: Final = "Ternbus needs retained messages: allow them (mosquitto: retain_available true)"
+
+
+class UnansweredError(LinkError):
+    """The broker ended the connection without an answer."""
 
 
 def explain(endpoint: Endpoint, error: OSError) -> str:
@@ -29,7 +36,7 @@ def explain(endpoint: Endpoint, error: OSError) -> str:
         case TimeoutError():
             return f"{failed}: no answer in time; check the broker's URL, the network and the firewall"
         case ssl.SSLCertVerificationError():
-            mend = RENEW if error.verify_code == EXPIRED else AUTHORITY
+            mend = {EXPIRED: RENEW, TOO_EARLY: CLOCK}.get(error.verify_code, AUTHORITY)
             return f"{failed}: the broker's certificate is not trusted ({error.verify_message}); {mend}"
         case ssl.SSLEOFError() | ConnectionResetError() if endpoint.tls:
             return f"{failed}: it ended the TLS handshake; the port is for MQTT without TLS, or {CANNOT_SERVE}"

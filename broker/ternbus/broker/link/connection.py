@@ -203,7 +203,7 @@ class Connection:
                 raise LinkError(connect_errors.silent(self._endpoint))
             self._turn(left_s)
         if self._answer is None:
-            raise LinkError(connect_errors.closed(self._endpoint))
+            raise connect_errors.UnansweredError(connect_errors.closed(self._endpoint))
         if self._answer.value == UNSUPPORTED_PROTOCOL:
             # nats-server answers MQTT 5 with return code 1 of 3.1.1, which paho translates to reason code 132 of MQTT 5
             raise UnsupportedProtocolError(f"the broker at {self._endpoint} supports neither MQTT 5 nor 3.1.1")

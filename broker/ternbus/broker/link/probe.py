@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 from ternbus.broker.checkup import Result, error, failed, ok, warning
 from ternbus.broker.errors import ConfigError, FederationError, LinkError
+from ternbus.broker.link.connect_errors import UnansweredError
 from ternbus.broker.link.connection import MQTT_5
 from ternbus.broker.link.link import Arrived, Disconnected, Link, LinkEvent, Published, Refused, Tls
 from ternbus.broker.protocol import topics
@@ -93,14 +94,15 @@ def _connected(link: Link, will_topic: str) -> Iterator[float]:
 
 
 def _connect(link: Link, will_topic: str) -> None:
-    """Connect, at the second attempt if need be; LinkError where that fails too.
+    """Connect, at the second attempt where the first ended without an answer; LinkError where that fails too.
 
     A client id may come back before nats-server has seen the end of its last connection. The next connection of this
-    id it then ends without an answer, after a second, and takes the one after that.
+    id it then ends without an answer, after a second, and takes the one after that. No other failure is tried again:
+    a port that is silent costs 5 s each time, and a wrong password may shut out the address.
     """
     try:
         link.connect(will_topic, b"")
-    except LinkError:
+    except UnansweredError:
         link.connect(will_topic, b"")
 
 
