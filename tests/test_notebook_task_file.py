@@ -181,7 +181,7 @@ def test_arguments_and_variables_are_not_taken_for_the_notebook_s_names(tmp_path
     assert len(list(loaded(tmp_path / "shadowed_task.py").initial(0))) == 4
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net, path = linear(), tmp_path / "refused_task.py"
     weighted = nn.CrossEntropyLoss(weight=torch.ones(3))
     inputs, labels = classes(30)
@@ -202,6 +202,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) ->
     for name in ("torch", "random"):
         with pytest.raises(ConfigError, match=f"{name} is another module, found in place of the file"):
             federation().to_task(tmp_path / f"{name}.py")
+    installed = tmp_path / "dist-packages"  # Debian's name for site-packages
+    installed.mkdir()
+    (installed / "packaged_here.py").touch()
+    monkeypatch.syspath_prepend(installed)
+    with pytest.raises(ConfigError, match="packaged_here is another module, found in place of the file"):
+        federation().to_task(tmp_path / "packaged_here.py")
     with pytest.raises(ConfigError, match=r"cannot write .*refused_task.py: there is no folder .*nowhere; make it"):
         federation().to_task(tmp_path / "nowhere" / "refused_task.py")
     path.write_text("mine = 1\n")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import fault, write_text
+from ternbus.broker.own_code import is_own
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.task_folder import taken_by
 from ternbus.edge.torch.batches import is_pair
@@ -58,7 +59,8 @@ def write(fed: "Federation", path: Path, data: Path | None) -> Path:
         raise ConfigError(f"to_task: the federation is of the task {task.name} already: name it with --task")
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise ConfigError(f"to_task: {path.name} is no name of a module: write one such as my_task.py")
-    if path.stem in sys.stdlib_module_names or "site-packages" in taken_by(path.resolve().parent, path.stem):
+    taken = taken_by(path.resolve().parent, path.stem)
+    if path.stem in sys.stdlib_module_names or (taken and not is_own(taken)):
         raise ConfigError(f"to_task: {path.stem} is another module, found in place of the file: write my_task.py")
     if path.exists() and not path.read_text(encoding="utf-8").startswith(TITLE):
         raise ConfigError(f"to_task: {path} is a file of yours: choose another name, or remove it")
