@@ -175,3 +175,13 @@ def test_one_that_joins_private_sums_to_train_spends_its_invitation_only_on_thos
             assert 'are of the kind "mask", and pi was given "bfv"' in stop.reason
             assert "its invitation is still good; join with `--private-kind mask`" in stop.reason
             assert not published(device.actions, "enroll")
+
+
+def test_one_joins_private_sums_before_there_are_terms() -> None:
+    """There are none until the helpers have enrolled, which may be after the devices."""
+    scripted = aggregator(plan={"codec": "private"})
+    pins = replace(PINS, kind="bfv")
+    device = connected("join", state={"enrolled": False}, code="secret", trains_next=True, sums=pins)
+    done = device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
+    assert published(done, "enroll")
+    assert not of(done, Stop)
