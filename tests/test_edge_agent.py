@@ -4,11 +4,13 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from support.edge_processes import CODE, TASK, WITHIN_S, Server, edge, joined, reap, serving, status_of
 from support.scripted_aggregator import FEDERATION, decoded
@@ -24,6 +26,7 @@ from ternbus.broker.server import running
 from ternbus.edge.learn.partition import select
 from ternbus.edge.learn.task import halves_of
 from ternbus.edge.learn.task_loader import load_task
+from ternbus.edge.shell import agent, cli
 from ternbus.edge.shell.directory import KEY, DeviceDirectory, Settings
 from ternbus.edge.store import outbox
 from ternbus.edge.tasks import digits_data
@@ -338,6 +341,22 @@ def test_joining_with_options_that_cannot_be_used_leaves_no_folder(server: Serve
     write_key(tmp_path / "pi" / KEY, bytes(32))
     assert server.until_ended(edge(*line, "--password-file", password))[0] == 2
     assert read_key(tmp_path / "pi" / KEY) == bytes(32)
+
+
+def test_joining_keeps_a_key_that_may_be_enrolled(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings cannot be written once the aggregator has answered: the invitation is spent, for this key."""
+
+    def join(home: DeviceDirectory, *_: object) -> None:
+        with outbox.Outbox(home.folder, home.identity().key_id) as kept:
+            kept.save(replace(kept.state, session=1), None, {})  # as before the first connection
+        raise ConfigError("cannot write edge.toml")
+
+    monkeypatch.setattr(agent, "join", join)
+    line = ["join", server.invite(tmp_path, "pi"), str(tmp_path / "pi"), "--task", TASK]
+    assert isinstance(CliRunner().invoke(cli.app, list(map(str, line))).exception, ConfigError)
+    assert (tmp_path / "pi" / KEY).exists()
 
 
 def test_a_private_training_that_diverges_is_seen_by_nobody(url: str, tmp_path: Path) -> None:

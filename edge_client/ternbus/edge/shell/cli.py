@@ -51,6 +51,7 @@ from ternbus.edge.shell.rejoin_command import rejoin
 from ternbus.edge.shell.run_commands import evaluate, export, run, run_device
 from ternbus.edge.shell.statistics_limit import allowed
 from ternbus.edge.shell.statistics_options import Statistics, StatisticsPerDay
+from ternbus.edge.store import outbox
 
 app = command_group("Run a device: follow the model, train, send updates.")
 
@@ -192,7 +193,7 @@ def _enroll(
             try:
                 stop = agent.join(home, prepare(), model, replace(options, trains_next=role == "train"), printer)
             except ConfigError:  # the command is to be repeated with other options
-                if is_new and home.folder.exists():
+                if is_new and home.folder.exists() and not outbox.exists(home.folder):  # it has sent nothing
                     with home.locked():  # or it belongs to another process
                         home.erase()
                 raise
