@@ -1,5 +1,6 @@
 """Two machines with one device's key are named at both ends; a device that comes back in an honest way is not."""
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def test_two_machines_whose_numbers_rise_before_they_train_are_told_apart_by_the
             said += lines(bench.receive(machine.topic("status"), status))
     (line,) = said
     assert "two machines use the key of pi" in line
+    numbers = re.search(r"now (\d+) in session (\d+), after (\d+) and (\d+)", line)
+    assert numbers is not None
+    seq, session, seq_before, session_before = map(int, numbers.groups())
+    assert (seq > seq_before, session < session_before) == (True, True)
     assert mark(bench) == 2
 
 

@@ -72,7 +72,7 @@ class Clones:
         if not status.online:
             return
         series = self._series.setdefault(member.key, _Series())
-        base = status.base if status.state == TRAINING else -1
+        before, base = (series.seq, series.session), status.base if status.state == TRAINING else -1
         if not series.alternates(seq, status.session, base, newest, now):
             return
         series.falls.clear()
@@ -82,7 +82,7 @@ class Clones:
         self._told.add(member.key)
         text = (
             f"two machines use the key of {member.name}: it signs lower sequence numbers or sessions after higher "
-            f"ones, again and again (now {seq} in session {status.session}, after {series.seq} and {series.session}); "
+            f"ones, again and again (now {seq} in session {status.session}, after {before[0]} and {before[1]}); "
             f"run `ternbus aggregator revoke {self.refusals.directory} {member.name}`, and invite each machine by its "
             "own name"
         )
