@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import shlex
 import stat
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import IO, Any, Final
 from ternbus.broker import toml
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import WRONG_PATH, ConfigError, StorageError
-from ternbus.broker.path_errors import sentence
+from ternbus.broker.path_errors import quoted, sentence
 
 KEY_BYTES: Final = 32  # an Ed25519 seed
 CHUNK_BYTES: Final = 2**16
@@ -196,7 +195,7 @@ def check_secret(path: Path) -> Path:
     except OSError as error:
         raise fault(error, path, "cannot read ") from error
     if exposed:
-        raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {shlex.quote(str(path))}")
+        raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {quoted(path)}")
     return path
 
 

@@ -1,6 +1,5 @@
 """The status and health of an aggregator at one moment, read from its directory, also without a process."""
 
-import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.files import expanded
 from ternbus.broker.link.tls import CA, CERTIFICATE
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.server.full_disk import ROOM_BYTES
 from ternbus.broker.server.running import is_home
 
@@ -53,7 +53,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
     view = View(
         now=time.time(),
         federation=found["federation"],
-        directory=shlex.quote(str(directory)),
+        directory=quoted(directory),
         start=start_command(directory),
         state=found["state"],
         version=found["version"],
@@ -67,7 +67,7 @@ def look(directory: Path, versions_max: int | None = None) -> Examination:
         **_private(found, settings),
         max_wait_s=settings.merge.max_wait_s,
         disk_free=found["disk"]["free"],
-        broker="BROKER" if broker is None else shlex.quote(str(broker)),
+        broker="BROKER" if broker is None else quoted(broker),
         broker_disk_full=_is_full(broker),
         certificates=certificates_of(directory, settings),
         devices=tuple(_device(name, row) for name, row in found["devices"].items() if row["key_state"] == ACTIVE),

@@ -1,11 +1,11 @@
 """A folder without a ledger: one that never held an aggregator, or one whose ledger is lost."""
 
-import shlex
 from pathlib import Path
 from typing import Final
 
 from ternbus.aggregator.store.remedy import restore_backup
 from ternbus.broker.errors import ConfigError, CorruptError
+from ternbus.broker.path_errors import quoted
 
 KEY: Final = "aggregator.key"
 TOML: Final = "aggregator.toml"
@@ -22,7 +22,7 @@ def is_lost(path: Path) -> bool:
 
 def missing(path: Path) -> ConfigError | CorruptError:
     """What to raise where there is no ledger ``path``; a new one beside an old key would give its numbers again."""
-    shown = shlex.quote(str(path.parent))
+    shown = quoted(path.parent)
     if is_lost(path):
         return CorruptError(f"{path} is missing: {restore_backup(path.parent)}")
     return ConfigError(f"{path.parent} holds no aggregator; make one with: ternbus aggregator init {shown} …")

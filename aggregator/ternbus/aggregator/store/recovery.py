@@ -1,7 +1,6 @@
 """Recovery of the core's state from the ledger: the last snapshot, and each merge since, computed again."""
 
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +37,7 @@ from ternbus.aggregator.store.rows import CLOSING, FLOOR, SHOWN, unsigned
 from ternbus.aggregator.store.schema import DROPPED, STATED
 from ternbus.aggregator.sums.state import PrivateSums
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol import revocations, topics
 from ternbus.broker.protocol.direction import primary_of
 from ternbus.broker.protocol.frame import parse
@@ -83,7 +83,7 @@ def recover(ledger: Ledger, settings: Settings, identity: Identity, software: st
         seq=int(ledger.fact("seq")),
         session=int(ledger.fact("session")),
         software=software,
-        directory=shlex.quote(str(ledger.path.parent)),
+        directory=quoted(ledger.path.parent),
         influence=influence_rows.recalled(ledger.db) if settings.merge.is_bounded else Influence(),
         sums=sums,
         helper_codes=private_rows.codes(ledger.db),

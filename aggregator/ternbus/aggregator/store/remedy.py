@@ -1,17 +1,17 @@
 """What the operator is told to do about damaged or missing files, as the end of an error."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ternbus.broker import files
 from ternbus.broker.errors import CorruptError
+from ternbus.broker.path_errors import quoted
 
 
 def remedy(directory: Path) -> str:
     """The commands for a directory that holds what was never written to it."""
-    shown = shlex.quote(str(directory))
+    shown = quoted(directory)
     return (
         f"run `ternbus aggregator check {shown}` to see what is damaged, then restore it from a backup or run "
         f"`ternbus aggregator repair {shown}`"
@@ -20,7 +20,7 @@ def remedy(directory: Path) -> str:
 
 def restore_backup(directory: Path) -> str:
     """The command for a directory of which too little is left."""
-    return f"restore a backup: ternbus aggregator restore BACKUP {shlex.quote(str(directory))}"
+    return f"restore a backup: ternbus aggregator restore BACKUP {quoted(directory)}"
 
 
 @contextmanager

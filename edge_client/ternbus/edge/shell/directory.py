@@ -1,6 +1,5 @@
 """A device's directory: its key, edge.toml, certificates and lock. `join` creates it, `leave` empties it."""
 
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from ternbus.broker.files import (
     write_secret,
 )
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.arms import WIDTH_MIN
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
@@ -228,7 +228,7 @@ class DeviceDirectory:
     @property
     def quoted(self) -> str:
         """The folder as a shell takes it, for the commands in errors."""
-        return shlex.quote(str(self.folder))
+        return quoted(self.folder)
 
     def settings(self) -> Settings:
         """The settings. Raises `ConfigError` if there are none, or they are invalid."""

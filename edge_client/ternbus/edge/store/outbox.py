@@ -4,7 +4,6 @@ It converts a `State` into rows and back. A second process can read the file at 
 """
 
 import json
-import shlex
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +18,7 @@ import numpy as np
 from ternbus.broker import store_format
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.schema import Vector, type_f32
 from ternbus.broker.store_format import checksum
@@ -208,7 +208,7 @@ def check(folder: Path) -> None:
         return
     raise ConfigError(
         f"{path} is missing or empty: {RESTORE}, or run `ternbus edge join` again; if the device had "
-        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {shlex.quote(str(folder))}`; its privacy "
+        f"joined, with a new invitation: `ternbus edge rejoin INVITATION.toml {quoted(folder)}`; its privacy "
         "account is lost"
     )
 

@@ -4,7 +4,6 @@ The file's `user_version` is its format. The first two formats left it 0 and are
 of what the outbox holds raises ``FORMAT`` and adds a step here, but for a name in `kept` that may be missing.
 """
 
-import shlex
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from ternbus.broker import store_format
 from ternbus.broker.errors import CorruptError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 from ternbus.edge.plan.privacy import Account
 
@@ -166,7 +166,7 @@ RESTORE: Final = (
 
 def remedy(path: Path) -> str:
     """What to do about a damaged store."""
-    folder = shlex.quote(str(path.parent))
+    folder = quoted(path.parent)
     return (
         f"{RESTORE}; or ask for an invitation, and `ternbus edge join --renew INVITATION.toml "
         f"{folder}` keeps what can be read; where that is refused, move the file away and run "

@@ -1,6 +1,5 @@
 """What can still be read of a damaged outbox, put into a new one, with the privacy account or not at all."""
 
-import shlex
 import shutil
 import sqlite3
 import time
@@ -15,6 +14,7 @@ import numpy as np
 from ternbus.broker import files
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import CorruptError, FederationError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.identity import KeyId
 from ternbus.broker.protocol.messages import PRIVATE
 from ternbus.broker.protocol.schema import Vector, type_f32
@@ -53,7 +53,7 @@ def salvage(folder: Path, key: KeyId, *, private: bool, account_lost: bool = Fal
     if "account" not in kept and not account_lost and (private or kept.get("protected", "unknown")):
         raise CorruptError(
             f"{path} is damaged, and what the device has spent of its privacy budget is lost: to begin a new "
-            f"budget, run `ternbus edge rejoin --account-lost INVITATION.toml {shlex.quote(str(folder))}`"
+            f"budget, run `ternbus edge rejoin --account-lost INVITATION.toml {quoted(folder)}`"
         )
     state = _state(path, key, kept, lost)
     counters = dict(_rows(path, "counters", lost))

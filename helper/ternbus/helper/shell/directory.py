@@ -1,6 +1,5 @@
 """A helper's directory: its key, helper.toml, card.toml, certificates, database and lock."""
 
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from ternbus.broker.files import (
     write_text,
 )
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.identity import Identity, check_federation, check_helper, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.sums import bfv
@@ -124,7 +124,7 @@ class HelperDirectory:
     @property
     def quoted(self) -> str:
         """The folder as a shell takes it, for the commands in errors."""
-        return shlex.quote(str(self.folder))
+        return quoted(self.folder)
 
     @property
     def exists(self) -> bool:

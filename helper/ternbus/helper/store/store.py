@@ -4,7 +4,6 @@ Unlike a device's outbox, this file must never be restored from a backup: an old
 opened since. `ternbus helper restored` is for a helper that has lost it.
 """
 
-import shlex
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any, Final, Self, assert_never
 
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.sums.terms import AGGREGATOR, OWN
 from ternbus.helper.core.actions import Note
 from ternbus.helper.core.records import ABANDONED, OPENED, PREPARED, Abandoned, Opened, Prepared, Step
@@ -219,7 +219,7 @@ def remove(folder: Path, device: str) -> None:
     with naming(folder / FILE), closing(_reading(folder)) as db, db:
         db.execute("BEGIN IMMEDIATE")
         if not _deactivate(db, device):
-            command = f"ternbus helper roster {shlex.quote(str(folder))}"
+            command = f"ternbus helper roster {quoted(folder)}"
             raise ConfigError(f"{device} is not on the roster: `{command}` lists who is")
 
 

@@ -4,7 +4,6 @@ The file's `user_version` is its format. Box keys are here and nowhere else: a c
 open sets again that it has forgotten.
 """
 
-import shlex
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from ternbus.broker import store_format
 from ternbus.broker.errors import CorruptError
+from ternbus.broker.path_errors import quoted
 from ternbus.broker.store_format import EMPTY, Formats, Step, checksum
 
 FILE: Final = "helper.db"
@@ -80,7 +80,7 @@ def insert(db: sqlite3.Connection, table: str, row: Sequence[object]) -> None:
 
 def remedy(path: Path) -> str:
     """What to do about a damaged or missing store."""
-    folder = shlex.quote(str(path.parent))
+    folder = quoted(path.parent)
     return f"move the file away and run `ternbus helper restored {folder}`, which makes a new box key; put no copy back"
 
 
