@@ -231,8 +231,7 @@ class ByzantineFederation(RuleBasedStateMachine):
     def devices_hold_what_the_aggregator_signed(self) -> None:
         for device in getattr(self, "devices", ()):
             follower = device.core.follower
-            # nobody trains on an unconfirmed model: before that it is compared with the digest of its delta
-            assert not (follower.unconfirmed and follower.synced and follower.unchecked is None)
+            assert not (follower.unconfirmed and follower.synced)  # nobody trains on an unconfirmed model
             if follower.vector is not None and follower.version is not None and not follower.unconfirmed:
                 assert vector_digest(follower.vector) == self.watched.digests[follower.version]
 

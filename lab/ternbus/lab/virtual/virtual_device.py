@@ -233,7 +233,8 @@ class VirtualDevice:
         actions = follower.check(self._clock.now) if known is None else []
         if follower.vector is None:
             return actions
-        follower.unchecked = None
+        if follower.unchecked is not None:  # its digest is that of the known one
+            follower.unchecked, follower.unconfirmed = None, False
         shared = self._vectors.setdefault(follower.digest, follower.vector)
         if shared is follower.vector:
             shared.flags.writeable = False  # shared by all devices now
