@@ -2,8 +2,8 @@
 
 import json
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,19 +24,20 @@ def received(version: int) -> MetricsReceived:
     return MetricsReceived(device="judge", seq=version, metrics=metrics)
 
 
-def ledger(versions: int) -> sqlite3.Connection:
-    db = sqlite3.connect(":memory:")
-    checksums.register(db)
-    db.executescript(SCHEMA_SQL)
-    for version in range(versions):
-        rows.write(db, received(version), 1.0)
-    return db
+@contextmanager
+def ledger(versions: int) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(":memory:")) as db:
+        checksums.register(db)
+        db.executescript(SCHEMA_SQL)
+        for version in range(versions):
+            rows.write(db, received(version), 1.0)
+        yield db
 
 
 def steps(versions: int, asked: Asked) -> int:
     """How many instructions SQLite takes for a question, where the evaluator has sent so many metrics."""
-    db = ledger(versions)
-    return counted(db, lambda: asked(db, versions))
+    with ledger(versions) as db:
+        return counted(db, lambda: asked(db, versions))
 
 
 def counted(db: sqlite3.Connection, asked: Callable[[], object]) -> int:
@@ -66,7 +67,8 @@ def test_a_report_is_as_quick_after_many(asked: Asked) -> None:
 
 
 def test_all_metrics_of_an_evaluator_are_read_in_one_pass() -> None:
-    found = search_rows.judgements(ledger(3), 1)
+    with ledger(3) as db:
+        found = search_rows.judgements(db, 1)
     assert [(name, metrics.version, metrics.better) for name, metrics in found] == [
         ("judge", version, {"error": LOWER}) for version in (1, 2)
     ]

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
@@ -87,10 +88,10 @@ class Outbox:
         self._path.touch(mode=0o600)
         self._path.chmod(0o600)
         self._remedy = remedy(self._path)
-        self._db = open_for_writing(self._path)
         self._durable = True  # what the connection does at a commit
         self._erases: bool | None = None  # likewise, whether it overwrites what is deleted; None: as SQLite was built
-        with naming(self._path):
+        opened = store_format.opening(self._path, partial(open_for_writing, self._path), self._remedy)
+        with opened as self._db, naming(self._path):
             self._stored = _read(self._db)  # the content of the file
             self.state = (self._stored or State(key=key)).with_receipt(0)  # which a save then writes
             self.counters = _counters(self._db)

@@ -9,10 +9,12 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, assert_never
 
+from ternbus.broker import store_format
 from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.path_errors import quoted
@@ -49,8 +51,8 @@ class HelperStore:
         self._path = folder / FILE
         self._roster = roster
         self._is_to_be_erased = False  # an erased box key may still be in the write-ahead log
-        self._db = open_for_writing(self._path)
-        with naming(self._path):
+        opened = store_format.opening(self._path, partial(open_for_writing, self._path), remedy(self._path))
+        with opened as self._db, naming(self._path):
             if roster == OWN:
                 _forget_the_aggregators(self._db)
             self.state = _state(self._db)
