@@ -64,7 +64,7 @@ def test_a_helper_enrolls_answers_restarts_and_finds_that_its_database_was_put_b
             assert server.ask(asked, PREPARE).outcome == PREPARED
             shown = status_of(folder)
             assert (shown["running"], shown["enrolled"], shown["sets"]) == (True, True, {"prepared": 1})
-            assert shown["waits_for"] == "the aggregator to open or abandon 1 prepared sets"
+            assert shown["waits_for"] == "the aggregator to open or abandon 1 prepared set"
             assert server.ask(asked, OPEN).outcome == OPENED
             body = server.last_sum
             assert np.array_equal(asked.sum_of(body), asked.truth)
