@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def federation(folder: Path, versions: int, trainers: int = 5) -> Ledger:
 
 def test_a_status_reads_the_metrics_that_it_shows(tmp_path: Path) -> None:
     with closing(federation(tmp_path / "few", 150)) as few, closing(federation(tmp_path / "many", 1200)) as many:
-        taken = [counted(each.db, lambda each=each: status.read_ledger(each, 20)) for each in (few, many)]  # type: ignore[misc]
+        taken = [counted(each.db, partial(status.read_ledger, each, 20)) for each in (few, many)]
         assert taken[1] < 1.1 * taken[0]
         found, everything = status.read_ledger(many, 20), status.read_ledger(many)
         assert found | {each: everything[each] for each in ("versions", "disk")} == everything

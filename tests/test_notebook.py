@@ -155,9 +155,9 @@ def test_a_plan_is_checked_as_the_federation_is_made(plan: Any, says: str) -> No
 def test_a_search_says_which_argument_is_of_another_type() -> None:
     for search in (sweep, tune):
         with pytest.raises(ConfigError, match=f"{search.__name__}.. searches with a Federation, and not with 'f'"):
-            search("f", {"plan.learning_rate": [0.1]})  # type: ignore[arg-type]
+            search("f", {"plan.learning_rate": [0.1]})  # type: ignore[arg-type]  # what the test is about
         with pytest.raises(ConfigError, match="space is 'x', but must be a dict"):
-            search(federation(), "x")  # type: ignore[arg-type]
+            search(federation(), "x")  # type: ignore[arg-type]  # likewise
 
 
 def test_owners_divide_the_samples_without_a_partition() -> None:

@@ -373,7 +373,7 @@ def test_a_device_waits_for_another_plan_where_this_one_asks_for_too_much() -> N
     born.now += 7200
     again, said = only(tried := born.handle(events.TimeReached()), StartTraining), only(tried[:-1], Log).text
     assert (again.base, again.plan) == (1, asked.plan)
-    assert "on version 1, which is tried again, since costs may change; before, its privacy budget" in said
+    assert "on version 1 once more, as the cost may have changed; last time its privacy budget" in said
     assert not any(isinstance(action, Log | Stop) for action in born.handle(replace(over, base=1)))
     scripted.plan = {**DEVICE, "dp_noise": 100.0}
     assert only(born.arrive(scripted.head()), StartTraining).plan.dp_noise == 100

@@ -139,7 +139,7 @@ def test_data_of_other_arguments_are_said_with_their_place_and_errors_within_sta
         TorchTask(name="own", model=linear, data=one).evaluator(data=None)
 
     def failing(folder: Path | None, split: str) -> Any:
-        return len(split) + len(folder)  # type: ignore[arg-type]
+        return len(split) + len(folder)  # type: ignore[arg-type]  # the fault in the user's own code
 
     with pytest.raises(TypeError, match="has no len"):
         TorchTask(name="own", model=linear, data=failing).evaluator(data=None)

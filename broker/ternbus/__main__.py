@@ -4,13 +4,13 @@ import sys
 
 
 def main() -> None:
-    """Run the command line of this process; as `ternbus.command.main`."""
+    """`ternbus.command.main`; exit code 130 where Ctrl-C comes before it can handle it."""
     try:
-        from ternbus.command import main as command  # noqa: PLC0415 - within
+        from ternbus.command import main as command  # noqa: PLC0415 - the imports are what takes long
 
         command()
     except KeyboardInterrupt:
-        from ternbus.broker.exit_codes import EXIT_INTERRUPTED  # noqa: PLC0415 - only then
+        from ternbus.broker.exit_codes import EXIT_INTERRUPTED  # noqa: PLC0415 - needed here only
 
         sys.exit(EXIT_INTERRUPTED)
 

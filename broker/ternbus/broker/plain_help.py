@@ -10,7 +10,7 @@ UNBROKEN: Final = "\u2011"  # in place of a hyphen while lines are broken
 _Context: Any = TyperGroup.context_class  # typer's own has no public name
 
 
-class WholeNames(_Context.formatter_class):  # type: ignore[misc]  # of the type Any
+class WholeNames(_Context.formatter_class):  # type: ignore[misc]  # the base has the type Any, as above
     """A formatter that breaks no line within `--an-option`: typer does, at each hyphen."""
 
     def write_text(self, text: str) -> None:
@@ -23,7 +23,7 @@ class WholeNames(_Context.formatter_class):  # type: ignore[misc]  # of the type
         return str(super().getvalue()).replace(UNBROKEN, "-")
 
 
-_Context.formatter_class = WholeNames
+_Context.formatter_class = WholeNames  # of groups and commands alike: no argument of a Typer chooses it
 
 
 class PlainGroup(TyperGroup):

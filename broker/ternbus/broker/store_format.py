@@ -120,9 +120,7 @@ def unreadable(path: Path, error: sqlite3.Error | UnicodeDecodeError, remedy: st
 
 
 @contextmanager
-def opening(
-    path: Path, connect: Callable[[], sqlite3.Connection], remedy: str = RESTORE
-) -> Iterator[sqlite3.Connection]:
+def opening(path: Path, connect: Callable[[], sqlite3.Connection], remedy: str) -> Iterator[sqlite3.Connection]:
     """A connection to a store, which is closed again where what opens it fails; errors are those of ``unreadable``."""
     db = None
     try:

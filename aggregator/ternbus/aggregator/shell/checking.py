@@ -125,5 +125,5 @@ def _unlisted(directory: Path, ledger: Ledger) -> Iterator[str]:
     if found.damaged:
         yield (
             f"{path}: {counted(len(found.damaged), 'line')} cannot be read, beginning with {found.damaged[0][:40]!r}; "
-            "take the damage out of the file, and revoke again who is not in it: lists beside backups may name them"
+            "remove such lines, and revoke again each device that they named: a list beside a backup may have the name"
         )

@@ -16,10 +16,10 @@ _ROWS: Final = "SELECT device, version, split, samples, entries, received_at, d.
 _NEWEST: Final = f"""SELECT device, max(version), split, samples, entries, received_at, d.state
     FROM devices d CROSS JOIN metrics ON device = d.name
     AND version > (SELECT max(version) FROM metrics WHERE device = d.name) - {LAST} WHERE split IN ('test', 'local')
-    GROUP BY device, split, split = 'local' AND instr(entries, '"{PERSONAL}') > 0"""  # noqa: S608 - our own text
+    GROUP BY device, split, split = 'local' AND instr(entries, '"{PERSONAL}') > 0"""  # noqa: S608 - made of constants
 _SHOWN: Final = f"""{_ROWS} ON device = d.name AND version >= ?1
     UNION {_ROWS} ON device = d.name AND version IN (SELECT value FROM json_each(?2))
-    UNION {_NEWEST}"""  # noqa: S608 - our own text
+    UNION {_NEWEST}"""  # noqa: S608 - made of constants
 
 Stated = Mapping[str, Mapping[str, Any]]
 

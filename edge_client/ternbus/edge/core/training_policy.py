@@ -149,7 +149,7 @@ class TrainingPolicy:
             return []
         if (waiting := self._wait_for_turn(plan, head.version, now)) is not None:
             return [*waiting]
-        again = f", which is tried again, since costs may change; before, {self.refusal}" if self.refusal else ""
+        again = f" once more, as the cost may have changed; last time {self.refusal}" if self.refusal else ""
         arm, plan = self._by_arm(plan, head.version)
         self.running = StartTraining(
             base=head.version,
