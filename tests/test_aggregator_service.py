@@ -24,7 +24,8 @@ from ternbus.aggregator.shell import service as service_module
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES
 from ternbus.aggregator.shell.service import SWITCH_S, Service
 from ternbus.aggregator.store import status as statuses
-from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.bodies import Bodies
+from ternbus.aggregator.store.ledger import LEDGER, Ledger, reading
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.events import Arrived, Disconnected, Published, Token
 from ternbus.broker.link.link import Link
@@ -144,6 +145,23 @@ def test_a_large_update_is_opened_and_added_in_threads_of_their_own(
     assert world.errors == []
     assert added == ["adding"]
     assert sys.getswitchinterval() > SWITCH_S
+
+
+def test_what_a_merge_is_made_of_is_written_by_another_thread_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = world.service.directory / administration.TOML
+    path.write_text(path.read_text().replace("buffer_size = 2", "buffer_size = 1"))
+    written, synced = noted(monkeypatch, Bodies, "_append"), noted(monkeypatch, Bodies, "_sync")
+    with running(world) as (_, link, inbox):
+        link.publish(topics.up(LAB, "pi", "update"), world.frame)
+        while inbox.until(Arrived).topic != RECEIPTS:
+            pass
+        assert (written, synced.count("bodies")) == (["bodies"], 1)  # once, and durable before the ledger looks
+    assert world.errors == []
+    with reading(world.service.directory) as ledger:
+        (place,) = ledger.db.execute("SELECT segment, place, size, checksum FROM updates").fetchall()
+        assert (ledger.version, len(ledger.body(*place))) == (1, place[2])
 
 
 def test_where_the_disk_fails_the_service_ends_and_nobody_is_told_of_what_is_not_on_it(
