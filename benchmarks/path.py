@@ -1,12 +1,14 @@
 """The whole path of an update: real devices whose task trains nothing, a real broker, an aggregator that merges.
 
-    python -m benchmarks.path [--json] [--parameters 1200000] [--devices 8] [--engine mosquitto nats] [--seconds 20]
+    python -m benchmarks.path [--json] [--parameters 1200000] [--frame-kib 120 256] [--devices 8]
+        [--engine mosquitto nats] [--seconds 20]
 
 With a barrier, a version takes an update of every device; asynchronously, of half of them. Processor time is that of
 whole processes, from the kernel, for each accepted update; the bare parts are measured in the same run, on one thread.
 Durable writes are calls of fsync and fdatasync, counted by strace, where it is installed, after the other figures.
 """
 
+import itertools
 import json
 import os
 import re
@@ -34,7 +36,7 @@ from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store.ledger import reading
 from ternbus.broker.files import write_secret
-from ternbus.broker.protocol.frame import FRAME_BYTES, parse
+from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import cut
@@ -59,6 +61,7 @@ class Case:
     engine: Engine
     barrier: bool
     seconds: float
+    frame_bytes: int
 
     @property
     def buffer(self) -> int:
@@ -108,6 +111,7 @@ def federation(case: Case, folder: Path) -> Iterator[Running]:
     variables["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     model = path_task.NothingTask(parameters=case.parameters).initial(0)
     settings = {"merge.buffer_size": case.buffer, "merge.max_wait_s": WITHIN_S, "staleness.max": 1000}
+    settings["limits.frame_bytes"] = case.frame_bytes
     names = [f"d{number}" for number in range(case.devices)]
     processes: list[subprocess.Popen[bytes]] = []
     with start(choose(case.engine), host="127.0.0.1", port=0, directory=folder / "broker") as broker:
@@ -189,7 +193,7 @@ def is_traced(pid: int) -> bool:
     return not any("TracerPid:\t0\n" in state for state in states)
 
 
-def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
+def bare_parts(parameters: int, frame_bytes: int, folder: Path) -> dict[str, float]:
     """Processor milliseconds of what cannot be left out, each once."""
     schema, identity = Schema.of(shapes(parameters)), Identity(bytes(32))
     change = np.random.default_rng(0).normal(0.0, 0.001, schema.elements).astype(np.float32)
@@ -199,7 +203,7 @@ def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
     about: dict[str, Any] = {
         "federation": FEDERATION, "sender": "d0", "kind": update.KIND, "seq": 1, "meta": update.meta(), "body": body,
     }  # fmt: skip
-    frames = [parse(each) for each in cut(identity, frame_bytes=FRAME_BYTES, **about)]
+    frames = [parse(each) for each in cut(identity, frame_bytes=frame_bytes, **about)]
     vector, total = np.zeros(schema.elements, np.float32), ExactSum(schema)
 
     def verify() -> None:
@@ -216,7 +220,7 @@ def bare_parts(parameters: int, folder: Path) -> dict[str, float]:
         return {
             "compress_ms": cpu_ms(lambda: compress(schema, Plan(), change, None, 0)),
             "zstd_ms": cpu_ms(lambda: encode(block.content, ZSTD)),
-            "sign_ms": cpu_ms(lambda: cut(identity, frame_bytes=FRAME_BYTES, **about)),
+            "sign_ms": cpu_ms(lambda: cut(identity, frame_bytes=frame_bytes, **about)),
             "verify_ms": cpu_ms(verify),
             "hash_ms": cpu_ms(lambda: blake2b(body).digest()),
             "read_ms": cpu_ms(lambda: Block.read(schema, block.codec, ZSTD, body)),
@@ -245,7 +249,8 @@ def show(row: Mapping[str, Any]) -> None:
     cpu, bare, writes = row["cpu_ms"], row["bare_ms"], row["durable_writes"] or {}
     what = f"{row['devices']} devices, buffer {row['buffer']} ({'barrier' if row['barrier'] else 'asynchronous'})"
     rates = f"{row['updates_per_s']:.0f} updates/s, {row['versions_per_s']:.1f} versions/s"
-    print(f"{row['parameters']:,} parameters, {what}, {row['engine']}: {rates}")
+    frames = f"frames of {row['frame_bytes'] // 1024} KiB"
+    print(f"{row['parameters']:,} parameters, {what}, {row['engine']}, {frames}: {rates}")
     for role in cpu:
         beside = f", bare parts {bare[role]:.1f}" if role in bare else ""
         durable = f", {writes[role]:.2f} durable writes" if role in writes else ""
@@ -261,28 +266,28 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="+", default=[1_200_000], help="sizes of the model")
     parser.add_argument("--devices", type=int, default=8, help="number of devices")
     parser.add_argument("--engine", type=Engine, nargs="+", default=[Engine.AUTO], help="auto, mosquitto or nats")
+    parser.add_argument("--frame-kib", type=int, nargs="+", default=[120], help="maximum sizes of a frame")
     parser.add_argument("--merge", nargs="+", choices=("barrier", "async"), default=["barrier", "async"])
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a measurement")
     given = parser.parse_args()
     # what starts later finds it compiled, as where it is installed
     subprocess.run([sys.executable, "-c", "import ternbus.lab.processes.device"], env=environment(), check=True)
     rows = []
-    for parameters in given.parameters:
+    for parameters, frame_kib in itertools.product(given.parameters, given.frame_kib):
         with tempfile.TemporaryDirectory() as folder:
-            parts = bare_parts(parameters, Path(folder))
-        for engine in given.engine:
-            for merge in given.merge:
-                case = Case(
-                    parameters=parameters, devices=given.devices, engine=engine, barrier=merge == "barrier",
-                    seconds=given.seconds,
-                )  # fmt: skip
-                with tempfile.TemporaryDirectory() as folder:
-                    found = measure(case, Path(folder))
-                about = {"parameters": parameters, "devices": case.devices, "engine": str(engine.value)}
-                about |= {"barrier": case.barrier, "buffer": case.buffer}
-                rows.append({**about, **found, "bare_ms": bare_sums(parts, case.buffer), "parts": parts})
-                if not given.json:
-                    show(rows[-1])
+            parts = bare_parts(parameters, 1024 * frame_kib, Path(folder))
+        for engine, merge in itertools.product(given.engine, given.merge):
+            case = Case(
+                parameters=parameters, devices=given.devices, engine=engine, barrier=merge == "barrier",
+                seconds=given.seconds, frame_bytes=1024 * frame_kib,
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as folder:
+                found = measure(case, Path(folder))
+            about = {"parameters": parameters, "devices": case.devices, "engine": str(engine.value)}
+            about |= {"barrier": case.barrier, "buffer": case.buffer, "frame_bytes": case.frame_bytes}
+            rows.append({**about, **found, "bare_ms": bare_sums(parts, case.buffer), "parts": parts})
+            if not given.json:
+                show(rows[-1])
     if given.json:
         print(json.dumps(rows))
 

@@ -32,12 +32,13 @@ Seeds = dict[str, bytes]
 def seeds() -> dict[str, Seeds]:
     """The seeds by target and name."""
     vectors = json.loads((ROOT / "tests" / "vectors.json").read_text(encoding="utf-8"))
-    whole = ("update", "head", "receipt", "enroll", "delta", "candidate")
+    whole = ("update", "head", "head_with_frame_bytes", "receipt", "enroll", "delta", "candidate")
     frames = {name: bytes.fromhex(vectors[name]["frame"]) for name in whole}
     frames |= {f"part-{i}": bytes.fromhex(frame) for i, frame in enumerate(vectors["message_in_3_parts"]["frames"])}
     schema = bytes.fromhex(vectors["schema"]["bytes"])
     vector = bytes.fromhex(vectors["vector"]["float32"])
-    in_meta = vectors["malformed_metrics"] | vectors["malformed_requests"] | vectors["malformed_deltas"]
+    kinds = ("metrics", "requests", "deltas", "heads")
+    in_meta = {name: bad for kind in kinds for name, bad in vectors[f"malformed_{kind}"].items()}
     malformed = vectors["malformed_frames"] | in_meta
     refused = {_slug("bad", name): bytes.fromhex(bad) for name, bad in malformed.items()}
     only_meta_shows = {_slug("bad", name) for name in ("base 2^62 + 1", *in_meta)}

@@ -166,6 +166,18 @@ def test_a_newest_delta_too_large_for_the_broker_is_not_given_again(make: Make) 
     assert follow(bench.retained, bench.identity.public) == (1, bench.core.model.digest)
 
 
+@pytest.mark.parametrize(
+    ("limit", "broker", "told"),
+    [(2**18, 10**6, 2**18), (2**18, 2**17, 2**17), (2**18, 100_000, 0), (120 * 1024, 10**6, 0), (4096, 10**6, 0)],
+)
+def test_a_head_asks_for_frames_that_are_larger_than_usual(make: Make, limit: int, broker: int, told: int) -> None:
+    bench = make(limits__frame_bytes=limit)
+    bench.dial()
+    bench.handle(events.Connected(frame_bytes=broker))
+    assert bench.head.frame_bytes == told
+    assert ("frame_bytes" in parse(bench.retained[HEAD]).meta) == bool(told)
+
+
 def test_what_a_broker_gets_for_the_first_time_is_no_news_for_the_operator(tmp_path: Path) -> None:
     bench = Bench(make_directory(tmp_path / "first"))
     (first,) = [action for action in bench.start() if isinstance(action, events.RepublishRetained)]

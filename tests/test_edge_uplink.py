@@ -11,7 +11,9 @@ from support.core_device import (
     AGGREGATOR_KEY,
     DEVICE,
     DEVICE_KEY,
+    FRAME_BYTES,
     aggregator,
+    connected,
     following,
     logged,
     of,
@@ -195,6 +197,34 @@ def test_an_update_of_several_parts_that_waits_for_its_turn_is_offered_and_not_s
     grant = scripted.grant(DEVICE, key, seq, [[1, 2]], deadline_s=20.0)
     assert [part.part for part in published(device.arrive(grant), "update")] == [1, 2]
     assert len(published(device.arrive(scripted.status(session=2)), "update")) == 3  # it knows of no turns
+
+
+@pytest.mark.parametrize(
+    ("asked", "most", "parts"),
+    [
+        (0, 10**6, 3),
+        (FRAME_BYTES, 10**6, 1),
+        (FRAME_BYTES, 3000, 2),  # the broker takes no more
+        (FRAME_BYTES, 0, 3),  # the device's owner has set 2,000
+    ],
+)
+def test_frames_are_as_large_as_the_head_asks_for_where_broker_and_owner_allow_it(
+    asked: int, most: int, parts: int
+) -> None:
+    scripted, device = aggregator(), connected()
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(1)
+    device.handle(events.Connected(frame_bytes=2000, most_bytes=most))
+    done = device.arrive(scripted.status(), scripted.head(frame_bytes=asked), *scripted.snapshot())
+    job = only(done, StartTraining)
+    big = np.random.default_rng(1).normal(size=job.schema.elements).astype(np.float32)
+    sent = published(device.handle(replace(trained(job), content=Block.of_float32(job.schema, big))), "update")
+    assert [part.parts for part in sent] == [parts] * parts
+    assert device.disk is not None
+    again = device.restarted()  # it knows no head yet, and sends what it has
+    again.handle(events.Connected(frame_bytes=2000, most_bytes=most))
+    seqs = {part.seq for part in published(again.arrive(scripted.status(), scripted.head(frame_bytes=asked)), "update")}
+    assert seqs == {sent[0].seq}
 
 
 def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number() -> None:

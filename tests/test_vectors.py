@@ -132,17 +132,27 @@ def test_three_parts_are_built_byte_for_byte() -> None:
         assert rebuilt == raw
 
 
-def test_a_head_byte_for_byte() -> None:
-    meta = dict(VECTORS["head"]["meta"])
+@pytest.mark.parametrize(("entry", "frame_bytes"), [("head", 0), ("head_with_frame_bytes", 2**18)])
+def test_a_head_byte_for_byte(entry: str, frame_bytes: int) -> None:
+    meta = dict(VECTORS[entry]["meta"])
     meta["digest"], meta["schema"] = bytes.fromhex(meta["digest"]), bytes.fromhex(meta["schema"])
-    frame = frames.parse(unhex("head", "frame"))
+    frame = frames.parse(unhex(entry, "frame"))
     frame.check_authentic(AGGREGATOR.public)
     head = Head.from_meta(frame.meta)
     assert head == Head.from_meta(meta)
+    assert head.frame_bytes == frame_bytes
     built = frames.build(
         AGGREGATOR, federation="lab", sender="aggregator", kind="head", seq=frame.seq, meta=head.meta()
     )
-    assert built == unhex("head", "frame")
+    assert built == unhex(entry, "frame")
+
+
+@pytest.mark.parametrize("what", VECTORS["malformed_heads"])
+def test_malformed_heads_are_refused(what: str) -> None:
+    frame = frames.parse(unhex("malformed_heads", what))
+    frame.check_authentic(AGGREGATOR.public)
+    with pytest.raises(ProtocolError, match="frame_bytes"):
+        Head.from_meta(frame.meta)
 
 
 def test_a_receipt_byte_for_byte() -> None:
@@ -403,6 +413,7 @@ def test_every_entry_is_used() -> None:
     """A vector added to the file must be added here."""
     others = "enroll sealed malformed_zstd malformed_blocks malformed_vectors malformed_frames revocations"
     others += " malformed_revocations metrics malformed_metrics candidate delta checksums malformed_deltas"
+    others += " head_with_frame_bytes malformed_heads"
     others += " statistics malformed_statistics malformed_requests arms malformed_arms"
     others += " private malformed_private"  # test_private_vectors.py
     used = "about keys schema vector ternary_block float32_block tiny_numbers update message_in_3_parts head receipt"

@@ -13,7 +13,7 @@ from ternbus.aggregator.core.records import SeqReserved
 from ternbus.aggregator.merge.downlink import snapshot_body
 from ternbus.aggregator.settings import Settings
 from ternbus.broker.protocol import revocations, topics
-from ternbus.broker.protocol.frame import build
+from ternbus.broker.protocol.frame import FRAME_BYTES, build
 from ternbus.broker.protocol.identity import AGGREGATOR, Identity
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, Entry, MergedSet, Signed
 from ternbus.broker.protocol.messages import Grant, Receipt, Status
@@ -106,6 +106,7 @@ class FrameWriter:
             direct_parts=self.direct_parts,
             state=state,
             plan=plan,
+            frame_bytes=self.frame_bytes if self.frame_bytes > FRAME_BYTES else 0,
         )
         statistics = {} if asked is None else {STATISTICS: dict(asked)}
         reserved, payload = self._frame(head.KIND, {**head.meta(), **statistics})

@@ -14,11 +14,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker accepted the connection: MQTT 5 (``protocol`` 5) or 3.1.1 (4), frames of at most ``frame_bytes``."""
+    """The broker accepted the connection: MQTT 5 (``protocol`` 5) or 3.1.1 (4).
+
+    ``frame_bytes`` is the largest frame to send, ``most_bytes`` the largest that the broker takes.
+    """
 
     session_present: bool
     protocol: int
     frame_bytes: int
+    most_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

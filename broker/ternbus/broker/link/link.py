@@ -121,10 +121,12 @@ class Link:
                 raise
             connection = self._open(will, protocol=MQTT_311)
             self._protocol = MQTT_311
+        most_bytes = connection.packet_bytes_max - PACKET_RESERVE_BYTES
         connected = Connected(
             session_present=connection.session_present,
             protocol=self._protocol,
-            frame_bytes=min(self._frame_bytes, connection.packet_bytes_max - PACKET_RESERVE_BYTES),
+            frame_bytes=min(self._frame_bytes, most_bytes),
+            most_bytes=most_bytes,
         )
         self._connection = connection
         self._deliver(connected)

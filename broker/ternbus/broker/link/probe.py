@@ -122,8 +122,7 @@ def judge(limits: Mapping[str, int]) -> Iterator[Result]:
     """Whether the limits in a CONNACK suffice; a limit that is not there is the protocol's largest."""
     packet_bytes = limits.get("MaximumPacketSize")
     if packet_bytes is not None and packet_bytes < PACKET_BYTES:
-        frame_bytes = packet_bytes - 1024
-        mend = f"raise max_packet_size, or set limits.frame_bytes = {frame_bytes} and join with --frame-bytes"
+        mend = "raise the broker's max_packet_size; until then messages travel in more parts"
         yield warning("packets", f"packets of at most {packet_bytes} bytes; {PACKET_BYTES} are usual", mend)
     else:
         yield ok("packets", "of any size" if packet_bytes is None else f"of at most {packet_bytes} bytes")

@@ -5,13 +5,21 @@ As in ``messages``, ``meta`` returns the map for a frame, and ``from_meta`` chec
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 from ternbus.broker.errors import ProtocolError
 from ternbus.broker.protocol import meta_fields
-from ternbus.broker.protocol.frame import PARTS_MAX
+from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE, PARTS_MAX
 from ternbus.broker.protocol.messages import STATES
 from ternbus.broker.protocol.parts import parts_max
+
+FRAME_BYTES_KEY: Final = "frame_bytes"
+
+
+def _frame_bytes(meta: Mapping[str, Any]) -> int:
+    if FRAME_BYTES_KEY not in meta:
+        return 0
+    return meta_fields.integer(meta, FRAME_BYTES_KEY, FRAME_BYTES, FRAME_BYTES_RANGE[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +46,11 @@ class Head:
     direct_parts: int
     state: str
     plan: Mapping[str, Any]
+    frame_bytes: int = 0  # of frames that devices may send; 0, and then not in the map, if none above 120 KiB
 
     def meta(self) -> dict[str, Any]:
         named = self.snapshot
-        return {
+        meta = {
             "version": self.version,
             "digest": self.digest,
             "schema": self.schema,
@@ -52,6 +61,7 @@ class Head:
             "state": self.state,
             "plan": dict(self.plan),
         }
+        return meta | ({FRAME_BYTES_KEY: self.frame_bytes} if self.frame_bytes else {})
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Self:
@@ -69,6 +79,7 @@ class Head:
             direct_parts=meta_fields.integer(meta, "direct_parts"),
             state=meta_fields.one_of(meta, "state", STATES),
             plan=meta_fields.mapping(meta, "plan"),
+            frame_bytes=_frame_bytes(meta),
         )
         if version > head.version or not 1 <= parts <= parts_max(size_bytes) or place > 1:
             raise ProtocolError("bad-meta", "'snapshot' has a version, a number of parts or a place out of range")

@@ -131,7 +131,7 @@ class Core:
             case events.Started() | events.TimeReached():
                 return []
             case events.Connected():
-                return self._connected(event.frame_bytes, now)
+                return self._connected(event, now)
             case events.ConnectFailed() | events.Disconnected():
                 return self._disconnected(event.reason, now)
             case events.FrameArrived():
@@ -198,14 +198,14 @@ class Core:
         will = self._own_status.offline()
         return [Connect(will_topic=will.topic, will_payload=will.payload)]
 
-    def _connected(self, frame_bytes: int, now: float) -> list[Action]:
+    def _connected(self, event: events.Connected, now: float) -> list[Action]:
         self._online, self._connecting = True, False
         self._reconnect.connected(now)
         self.presence.reconnected()
         self._resubscribe.connected(now)
         self.enrollment.resend.restart(now)
         self.measuring.reconnected(now)
-        self.uplink.connected(frame_bytes, now)
+        self.uplink.connected(event, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
         filters = subscriptions(self.profile.federation, self.profile.device, private=self.profile.is_private)
         asked = [*self.follower.reconnected(now), *self.terms.reconnected(now)]
@@ -290,7 +290,7 @@ class Core:
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
         asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
         actions += [*self.training.read_plan(head, self.state.account), *asked, *self.follower.head_accepted(head, now)]
-        return actions + self.uplink.withdraw(head)  # before a grant that waits with it
+        return actions + self.uplink.head_accepted(head)  # before a grant that waits with it
 
     def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
         self._foreign_numbers.observe(receipt)

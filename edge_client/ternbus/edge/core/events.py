@@ -22,9 +22,14 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker accepted the connection; ``frame_bytes`` is the largest frame that it accepts."""
+    """The broker accepted the connection.
+
+    ``frame_bytes`` is the largest frame to send unless the head asks for larger ones. Those have at most
+    ``most_bytes``, which the broker takes; 0 stands for ``frame_bytes``, where the owner has set it.
+    """
 
     frame_bytes: int
+    most_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

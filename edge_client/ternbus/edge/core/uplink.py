@@ -15,7 +15,7 @@ from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.actions import Action, Log, Publish, StartTraining
-from ternbus.edge.core.events import TrainingFinished
+from ternbus.edge.core.events import Connected, TrainingFinished
 from ternbus.edge.core.masking import masked, prepare_private
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
@@ -38,9 +38,11 @@ class Uplink:
 
     profile: Profile
     pending: PendingState
-    frame_bytes: int = FRAME_BYTES
+    frame_bytes: int = FRAME_BYTES  # of frames at most
     resend: Resend = field(init=False)
     _grant_seq: int = 0
+    _connected: Connected = field(default_factory=lambda: Connected(frame_bytes=FRAME_BYTES))
+    _asked_bytes: int = 0  # by the head, for ``frame_bytes``
     _waits: int = 0  # the number of an update that was answered `busy`
     _frames: Frames = NO_FRAMES  # those made last, and by which key
     _in_transit: Counter[int] = field(default_factory=Counter)  # frames on this connection, by the update's number
@@ -63,16 +65,27 @@ class Uplink:
         if update is not None:
             self._replace_outstanding(self._renumbered(update))
 
-    def connected(self, frame_bytes: int, now: float) -> None:
-        """Send again on the new connection; renumber the update, in smaller parts, if one exceeds ``frame_bytes``."""
-        self.frame_bytes = frame_bytes
+    def connected(self, event: Connected, now: float) -> None:
+        """Send again on the new connection, in smaller parts where the broker does not take those that there are."""
+        self._connected = event
         self._in_transit.clear()
-        update = self.pending.state.outstanding
-        if update is not None and any(len(part.payload) > frame_bytes for part in self._frames_of(update)):
+        self._set_frame_bytes()
+        update, most = self.pending.state.outstanding, event.most_bytes or event.frame_bytes
+        if update is not None and any(len(part.payload) > most for part in self._frames_of(update)):
             # The update may have been accepted under the old number, with a receipt that was lost.
             before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
             self._replace_outstanding(self._renumbered(update), before)
         self.restart(now)
+
+    def head_accepted(self, head: Head) -> list[Log]:
+        """Make frames as large as the head asks for; give up an update that is too late for it, as `withdraw` says."""
+        self._asked_bytes = head.frame_bytes
+        self._set_frame_bytes()
+        return self.withdraw(head)
+
+    def _set_frame_bytes(self) -> None:
+        usual = self._connected.frame_bytes
+        self.frame_bytes = min(max(usual, self._asked_bytes), self._connected.most_bytes or usual)
 
     def restart(self, now: float) -> None:
         """Send at once, on a new connection or to an aggregator that came online."""

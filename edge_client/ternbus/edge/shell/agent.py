@@ -238,6 +238,7 @@ def _serve(
             narrowed=_narrowed(settings, task, role) if profile.is_elastic else None,
             min_seconds=options.min_seconds,
             personal=Path(options.out) if options.out else home.folder / PERSONAL,
+            limits_frames=bool(settings.frame_bytes),
         )
         with signals_stop(service.request_stop, EXIT_FAILED if role == "join" else EXIT_DONE):
             stop = service.run()

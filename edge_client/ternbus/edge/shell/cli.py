@@ -18,7 +18,7 @@ from ternbus.broker.json_output import json_output
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.plain_help import command_group
 from ternbus.broker.plural import counted
-from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
+from ternbus.broker.protocol.frame import FRAME_BYTES_RANGE
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.profile import Role
@@ -87,11 +87,12 @@ HoldOut = Annotated[
     ),
 ]
 FrameBytes = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=FRAME_BYTES_RANGE[0],
         max=FRAME_BYTES_RANGE[1],
-        help="Largest MQTT payload to send, in bytes, if the broker allows it. Larger payloads mean fewer parts.",
+        help="Largest MQTT payload to send, in bytes, if the broker allows it. Larger payloads mean fewer parts. By "
+        "default it is the aggregator's limits.frame_bytes, at least 122880.",
     ),
 ]
 
@@ -137,7 +138,7 @@ def join(
     hold_out: HoldOut = 0.0,
     width: Width = 1.0,
     processor: Processor = "",
-    frame_bytes: FrameBytes = FRAME_BYTES,
+    frame_bytes: FrameBytes = None,
     then_run: ThenRun = False,
     then_evaluate: ThenEvaluate = False,
     reports: Reports = False,
@@ -154,7 +155,7 @@ def join(
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
-    usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", FRAME_BYTES, None, None, 0)
+    usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", None, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
     given = (data, seed, username, password_file, dp, max_epsilon, processor, sums, statistics, not usual)
     _check_renew(renew, task, any(given))

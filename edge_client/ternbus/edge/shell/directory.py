@@ -67,7 +67,7 @@ class Settings:
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
     password_file: str = ""  # with the broker's password in its first line, mode 0600
-    frame_bytes: str = ""  # the largest MQTT payload to send; empty for the protocol's 120 KiB
+    frame_bytes: str = ""  # the largest MQTT payload to send; empty for the aggregator's, at least 122880
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""  # with dp: the largest epsilon to spend, whatever the plan allows
     max_delta: str = ""  # with dp: the largest delta of a plan to accept
@@ -271,7 +271,7 @@ class DeviceDirectory:
         hold_out: float = 0.0,
         width: float = 1.0,
         processor: str = "",
-        frame_bytes: int = FRAME_BYTES,
+        frame_bytes: int | None = None,
         username: str = "",
         password_file: Path | None = None,
         policy: PrivacyPolicy | None = None,
@@ -298,7 +298,7 @@ class DeviceDirectory:
             processor=processor,
             hold_out=repr(hold_out) if hold_out else "",
             seed=str(seed) if seed else "",
-            frame_bytes=str(frame_bytes) if frame_bytes != FRAME_BYTES else "",
+            frame_bytes=str(frame_bytes or ""),
             username=username,
             password_file=str(expanded(password_file).resolve()) if password_file is not None else "",
             **(_privacy(policy) if policy is not None else {}),

@@ -66,12 +66,16 @@ class Service:
         narrowed: Narrowed | None = None,
         min_seconds: float = 0.0,
         personal: Path = Path(PERSONAL),
+        limits_frames: bool = False,
     ) -> None:
-        """`held` has the held-out data, `narrowed` are sub-networks; `personal` is the file for the owner's model."""
+        """`held` has the held-out data, `narrowed` are sub-networks; `personal` is the file for the owner's model.
+
+        `limits_frames`: the owner has set the largest frame, which a head does not raise.
+        """
         self._core = core
         self._outbox = outbox
         self._report = report
-        self._personal = personal
+        self._personal, self._limits_frames = personal, limits_frames
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._acknowledged: deque[link.Published] = deque()  # they wait for other events, as nothing is urgent in them
         self._link = make_link(self._deliver)
@@ -151,7 +155,8 @@ class Service:
                 self._take_messages([each for each in happened if isinstance(each, link.Arrived)])
             case link.Connected() as connected:
                 self._protocol = connected.protocol
-                self._handle(events.Connected(frame_bytes=connected.frame_bytes))
+                most_bytes = connected.frame_bytes if self._limits_frames else connected.most_bytes
+                self._handle(events.Connected(frame_bytes=connected.frame_bytes, most_bytes=most_bytes))
             case link.Disconnected(reason=reason):
                 self._tickets.clear()
                 self._handle(events.Disconnected(reason=reason))

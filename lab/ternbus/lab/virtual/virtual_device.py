@@ -122,7 +122,7 @@ class VirtualDevice:
     # callbacks of the session
 
     def connected(self) -> None:
-        self._handle(events.Connected(frame_bytes=frame.FRAME_BYTES))
+        self._handle(events.Connected(frame_bytes=frame.FRAME_BYTES, most_bytes=frame.FRAME_BYTES_RANGE[1]))
 
     def disconnected(self, reason: str) -> None:
         self._handle(events.Disconnected(reason=reason))
