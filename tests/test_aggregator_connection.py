@@ -167,13 +167,24 @@ def test_a_newest_delta_too_large_for_the_broker_is_not_given_again(make: Make) 
 
 
 @pytest.mark.parametrize(
-    ("limit", "broker", "told"),
-    [(2**18, 10**6, 2**18), (2**18, 2**17, 2**17), (2**18, 100_000, 0), (120 * 1024, 10**6, 0), (4096, 10**6, 0)],
+    ("limit", "broker", "most", "told"),
+    [
+        (120 * 1024, 10**6, 10**6, 2**18),
+        (120 * 1024, 10**6, 2**17, 2**17),
+        (120 * 1024, 10**6, 100_000, 0),
+        (120 * 1024, 10**6, 0, 0),  # the broker does not say what it takes
+        (2**19, 10**6, 0, 2**19),
+        (2**19, 10**6, 10**6, 2**19),
+        (2**19, 2**17, 2**17, 2**17),
+        (4096, 10**6, 10**6, 0),  # the operator wants smaller ones
+    ],
 )
-def test_a_head_asks_for_frames_that_are_larger_than_usual(make: Make, limit: int, broker: int, told: int) -> None:
+def test_a_head_says_which_frames_are_taken_where_they_are_larger_than_usual(
+    make: Make, limit: int, broker: int, most: int, told: int
+) -> None:
     bench = make(limits__frame_bytes=limit)
     bench.dial()
-    bench.handle(events.Connected(frame_bytes=broker))
+    bench.handle(events.Connected(frame_bytes=broker, most_bytes=most))
     assert bench.head.frame_bytes == told
     assert ("frame_bytes" in parse(bench.retained[HEAD]).meta) == bool(told)
 

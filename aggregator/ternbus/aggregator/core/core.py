@@ -271,7 +271,7 @@ class Core:
         self._versions.confirm_by = self._now + RETAINED_S
         self._merges.connected(self._now)
         self._retained.shown.connected(self._now)
-        actions += self._versions.fit(event.frame_bytes)
+        actions += self._versions.fit(event)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish(why="")  # the broker cannot have anything of ours yet
         if self._private is not None:

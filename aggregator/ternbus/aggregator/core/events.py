@@ -14,9 +14,13 @@ from ternbus.broker.protocol.schema import Vector
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connected:
-    """The broker accepted us; frames may have at most ``frame_bytes``."""
+    """The broker accepted us; frames may have at most ``frame_bytes``.
+
+    ``most_bytes`` is the largest frame that the broker says it takes; 0 if it does not say.
+    """
 
     frame_bytes: int
+    most_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

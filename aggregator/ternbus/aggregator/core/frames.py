@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ternbus.aggregator.core.events import Action, Publish, Save
+from ternbus.aggregator.core.events import Action, Connected, Publish, Save
 from ternbus.aggregator.core.records import SeqReserved
 from ternbus.aggregator.merge.downlink import snapshot_body
 from ternbus.aggregator.settings import Settings
@@ -25,6 +25,7 @@ from ternbus.broker.protocol.topics import TERMS
 from ternbus.broker.sums.sets import AskStep
 
 SEQ_BLOCK: Final = 10_000  # sequence numbers made durable at a time: a crash skips the rest of a block
+TAKEN_BYTES: Final = 256 * 1024  # frames of devices: the update of a million parameters is one, with one signature
 ENVELOPE_BYTES: Final = 4096  # more than any header of an update with all its metrics takes
 
 Message = tuple[str, bytes]  # topic, payload
@@ -40,6 +41,7 @@ class FrameWriter:
     schema: Schema
     seq: int  # of the last frame; at first the last one that was made durable
     frame_bytes: int = 0
+    taken_bytes: int = 0  # the largest frame that devices may send
     reserved: int = field(init=False)  # the last number that may be used before another block is saved
 
     def __post_init__(self) -> None:
@@ -52,6 +54,12 @@ class FrameWriter:
         largest = 4 * self.schema.elements
         largest += largest // 256 + 256  # what zstd and a sealed box add at worst
         return max(self.settings.limits.direct_parts, -(-largest // max(1024, self.frame_bytes - ENVELOPE_BYTES)))
+
+    def connected(self, event: Connected) -> None:
+        """Make no frames that the broker does not take, and ask devices for larger ones where it says that it does."""
+        own = self.settings.limits.frame_bytes
+        self.frame_bytes = min(own, event.frame_bytes)
+        self.taken_bytes = min(max(own, TAKEN_BYTES), event.most_bytes) if own >= FRAME_BYTES else 0
 
     def leap(self, numbers: int) -> None:
         """Leave out that many sequence numbers."""
@@ -106,7 +114,7 @@ class FrameWriter:
             direct_parts=self.direct_parts,
             state=state,
             plan=plan,
-            frame_bytes=self.frame_bytes if self.frame_bytes > FRAME_BYTES else 0,
+            frame_bytes=largest if (largest := max(self.frame_bytes, self.taken_bytes)) > FRAME_BYTES else 0,
         )
         statistics = {} if asked is None else {STATISTICS: dict(asked)}
         reserved, payload = self._frame(head.KIND, {**head.meta(), **statistics})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.core.events import Action, Publish, RepublishRetained, Save
+from ternbus.aggregator.core.events import Action, Connected, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.terms import PrivateTerms
@@ -224,12 +224,12 @@ class Versions:
             return self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
         return []
 
-    def fit(self, frame_bytes: int) -> list[Action]:
+    def fit(self, event: Connected) -> list[Action]:
         """Obey a broker's packet limit, and publish a head where it or the settings changed since the last one.
 
         Retained frames that are larger than the limit give way to a snapshot in smaller parts.
         """
-        self.frames.frame_bytes = min(self.settings.limits.frame_bytes, frame_bytes)
+        self.frames.connected(event)
         if any(self.published.sizes[topic] > self.frames.frame_bytes for topic in self.wanted()):
             return self.snapshot()
         reserved, (topic, frame) = self._build_head()

@@ -222,7 +222,8 @@ class Service:
                 self._protocol = event.protocol
                 version = "5" if event.protocol == 5 else "3.1.1"
                 self.log(f"connected (MQTT {version})", event="connected", fields={"mqtt": version})
-                return self._core.handle(events.Connected(frame_bytes=event.frame_bytes), now)
+                most_bytes = event.most_bytes if event.protocol == 5 else 0  # 3.1.1 has no words for it
+                return self._core.handle(events.Connected(frame_bytes=event.frame_bytes, most_bytes=most_bytes), now)
             case Disconnected():
                 self._topics.clear()
                 self._answers.clear()

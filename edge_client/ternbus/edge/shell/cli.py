@@ -92,7 +92,7 @@ FrameBytes = Annotated[
         min=FRAME_BYTES_RANGE[0],
         max=FRAME_BYTES_RANGE[1],
         help="Largest MQTT payload to send, in bytes, if the broker allows it. Larger payloads mean fewer parts. By "
-        "default it is the aggregator's limits.frame_bytes, at least 122880.",
+        "default it is what the aggregator takes, at least 122880.",
     ),
 ]
 

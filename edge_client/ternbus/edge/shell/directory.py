@@ -67,7 +67,7 @@ class Settings:
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
     password_file: str = ""  # with the broker's password in its first line, mode 0600
-    frame_bytes: str = ""  # the largest MQTT payload to send; empty for the aggregator's, at least 122880
+    frame_bytes: str = ""  # the largest MQTT payload to send; empty for what the aggregator takes
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""  # with dp: the largest epsilon to spend, whatever the plan allows
     max_delta: str = ""  # with dp: the largest delta of a plan to accept
