@@ -39,6 +39,7 @@ from ternbus.edge.store.outbox_format import (
     COLUMNS,
     RESTORE,
     insert,
+    insert_all,
     naming,
     open_for_reading,
     open_for_writing,
@@ -117,17 +118,17 @@ class Outbox:
             self._synchronize(durable)
             self._erase(before is not None and _is_hidden(before.outstanding))
             self._db.execute("BEGIN IMMEDIATE")
-            self._save_numbers(state)
+            kept = self._numbers_to_save(state)
             if before is None or state.residual is not before.residual:
-                self._save_residual(state.residual)
+                kept.append(("residual", self._save_residual(state.residual)))
             if before is None or state.outstanding is not before.outstanding:
-                self._save_outstanding(state.outstanding)
+                kept.append(("outstanding", self._save_outstanding(state.outstanding)))
             if before is None or _private(state) is not _private(before):
-                self._save_private(_private(state))
+                kept.append(("private", self._save_private(_private(state))))
             if answered is not None:
                 self._save_answered(answered)
-            for row in counters.items() - self.counters.items():
-                insert(self._db, "counters", row)
+            insert_all(self._db, "kept", kept)
+            insert_all(self._db, "counters", counters.items() - self.counters.items())
             reached("state-written")
         self.state = self._stored = state
         self.counters = dict(counters)
@@ -143,35 +144,42 @@ class Outbox:
             self._db.execute(f"PRAGMA secure_delete = {'ON' if is_hidden else 'FAST'}")
             self._erases = is_hidden
 
-    def _save_numbers(self, state: State) -> None:
+    def _numbers_to_save(self, state: State) -> list[tuple[str, object]]:
+        """The rows of ``kept`` for the fields that have changed."""
         before, is_new = self._stored or State(key=state.key), self._stored is None
-        for (name, as_value), new, old in zip(_VALUES.items(), _values(state), _values(before), strict=True):
-            if (new is not old and new != old) or (is_new and name not in _RARE):
-                insert(self._db, "kept", (name, as_value(new)))
+        return [
+            (name, as_value(new))
+            for (name, as_value), new, old in zip(_VALUES.items(), _values(state), _values(before), strict=True)
+            if (new is not old and new != old) or (is_new and name not in _RARE)
+        ]
 
-    def _save_residual(self, residual: Vector | None) -> None:
-        self._db.execute("DELETE FROM residual")
-        if residual is not None:
-            content = np.ascontiguousarray(residual, dtype=type_f32).data
-            insert(self._db, "residual", (content,))
-        insert(self._db, "kept", ("residual", "" if residual is None else str(checksum(content))))
+    def _save_residual(self, residual: Vector | None) -> str:
+        if residual is None:
+            return self._save_whole("residual", None)
+        return self._save_whole("residual", (np.ascontiguousarray(residual, dtype=type_f32).data,))
 
-    def _save_outstanding(self, update: OutstandingUpdate | None) -> None:
-        self._db.execute("DELETE FROM outstanding")
-        if update is not None:
-            row = (
-                str(update.seq), str(update.base), update.samples, json.dumps(dict(update.metrics)), update.codec,
-                update.encoding, update.encoded, update.sealed, update.frame_bytes,
-            )  # fmt: skip
-            insert(self._db, "outstanding", row)
-        insert(self._db, "kept", ("outstanding", "" if update is None else str(checksum(*row))))
+    def _save_outstanding(self, update: OutstandingUpdate | None) -> str:
+        if update is None:
+            return self._save_whole("outstanding", None)
+        row = (
+            str(update.seq), str(update.base), update.samples, json.dumps(dict(update.metrics)), update.codec,
+            update.encoding, update.encoded, update.sealed, update.frame_bytes,
+        )  # fmt: skip
+        return self._save_whole("outstanding", row)
 
-    def _save_private(self, part: PrivatePart | None) -> None:
-        self._db.execute("DELETE FROM private")
-        if part is not None:
-            row = (part.terms, part.context, part.min, b"".join(part.seeds), b"".join(part.boxes))
-            insert(self._db, "private", row)
-        insert(self._db, "kept", ("private", "" if part is None else str(checksum(*row))))
+    def _save_private(self, part: PrivatePart | None) -> str:
+        if part is None:
+            return self._save_whole("private", None)
+        row = (part.terms, part.context, part.min, b"".join(part.seeds), b"".join(part.boxes))
+        return self._save_whole("private", row)
+
+    def _save_whole(self, table: str, row: Sequence[object] | None) -> str:
+        """Let a table have this row only, or none; what ``kept`` says of it."""
+        self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own name
+        if row is None:
+            return ""
+        insert(self._db, table, row)
+        return str(checksum(*row))
 
     def _save_answered(self, answered: AnsweredUpdate) -> None:
         row = (

@@ -5,7 +5,7 @@ of what the outbox holds raises ``FORMAT`` and adds a step here, but for a name 
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from itertools import islice
@@ -114,6 +114,11 @@ def insert(db: sqlite3.Connection, table: str, row: Sequence[object]) -> None:
     """Write a row of the newest format, in place of one of the same name; ``row`` is in the order of ``COLUMNS``."""
     values = tuple(row)
     db.execute(_REPLACE[table], (0, *values) if table in WHOLE else (*values, checksum(*values)))
+
+
+def insert_all(db: sqlite3.Connection, table: str, rows: Iterable[Sequence[object]]) -> None:
+    """Write several rows with one call, as `insert` does one; not of a table with one row at most."""
+    db.executemany(_REPLACE[table], [(*row, checksum(*row)) for row in rows])
 
 
 def whole_checksum(db: sqlite3.Connection, table: str) -> str:
