@@ -27,6 +27,7 @@ from support.scripted_aggregator import Message, ScriptedAggregator
 from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.parts import message_digest
+from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Publish, Save, StartTraining
@@ -225,6 +226,34 @@ def test_frames_are_as_large_as_the_head_asks_for_where_broker_and_owner_allow_i
     again.handle(events.Connected(frame_bytes=2000, most_bytes=most))
     seqs = {part.seq for part in published(again.arrive(scripted.status(), scripted.head(frame_bytes=asked)), "update")}
     assert seqs == {sent[0].seq}
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_update_in_larger_frames_than_the_head_asks_for_is_cut_anew_once(restarts: bool) -> None:
+    """A broker that does not tell its limit may have dropped them, and the operator has gone back from them."""
+    schema = Schema.of({"w": (100_000,)})
+    scripted, device = aggregator(direct_parts=8, schema=schema), connected(tensors={"w": (100_000,)})
+    tells_no_limit = events.Connected(frame_bytes=FRAME_BYTES, most_bytes=2**28)
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(1)
+    device.handle(tells_no_limit)
+    device.arrive(scripted.status(), scripted.head(frame_bytes=2**20), *scripted.snapshot())
+    big = np.random.default_rng(1).normal(size=schema.elements).astype(np.float32)
+    update = replace(trained(only(device.actions, StartTraining)), content=Block.of_float32(schema, big))
+    (frame,) = published(device.handle(update), "update")
+    if restarts:
+        device = device.restarted()
+        device.handle(tells_no_limit)
+        device.arrive(scripted.status(session=2))
+    parts = published(device.arrive(scripted.head(frame_bytes=300_000)), "update")
+    assert [part.parts for part in parts] == [4] * 4
+    assert parts[0].seq > frame.seq
+    outcomes = [save.answered.outcome for save in of(device.actions, Save) if save.answered is not None]
+    assert outcomes == ["renumbered"]  # the whole may have been accepted
+    device.arrive(*(scripted.head(frame_bytes=size) for size in (200_000, 130_000, FRAME_BYTES, 0)))
+    assert device.disk is not None
+    assert device.disk.outstanding is not None
+    assert device.disk.outstanding.seq == parts[0].seq  # each number is a write of the whole update
 
 
 def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number() -> None:

@@ -290,7 +290,7 @@ class Core:
             actions.append(Log(event=head.state, text=f"the federation is {head.state}"))
         asked = self.measuring.head_accepted(head, frame.meta.get(STATISTICS), now)
         actions += [*self.training.read_plan(head, self.state.account), *asked, *self.follower.head_accepted(head, now)]
-        return actions + self.uplink.head_accepted(head)  # before a grant that waits with it
+        return actions + self.uplink.head_accepted(head, now)  # before a grant that waits with it
 
     def _receipt(self, receipt: Receipt, frame_seq: int, now: float) -> list[Action]:
         self._foreign_numbers.observe(receipt)

@@ -70,18 +70,33 @@ class Uplink:
         self._connected = event
         self._in_transit.clear()
         self._set_frame_bytes()
-        update, most = self.pending.state.outstanding, event.most_bytes or event.frame_bytes
-        if update is not None and any(len(part.payload) > most for part in self._frames_of(update)):
-            # The update may have been accepted under the old number, with a receipt that was lost.
-            before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
-            self._replace_outstanding(self._renumbered(update), before)
+        self._cut_anew(event.most_bytes or event.frame_bytes)
         self.restart(now)
 
-    def head_accepted(self, head: Head) -> list[Log]:
-        """Make frames as large as the head asks for; give up an update that is too late for it, as `withdraw` says."""
+    def head_accepted(self, head: Head, now: float) -> list[Log]:
+        """Make frames as large as the head asks for; give up an update that is too late for it, as `withdraw` says.
+
+        Larger frames that an earlier head asked for may never get through, and no broker need say so.
+        """
         self._asked_bytes = head.frame_bytes
         self._set_frame_bytes()
-        return self.withdraw(head)
+        withdrawn = self.withdraw(head)
+        if self._cut_anew(self.frame_bytes):
+            self.resend.restart(now)
+        return withdrawn
+
+    def _cut_anew(self, most_bytes: int) -> bool:
+        """Cut the outstanding update, under a new number, if a part has more than ``most_bytes``; whether one had.
+
+        Its parts are as large as they are unasked, so no sequence of heads makes a device do so for each of them.
+        """
+        update = self.pending.state.outstanding
+        if update is None or all(len(part.payload) <= most_bytes for part in self._frames_of(update)):
+            return False
+        # The update may have been accepted under the old number, with a receipt that was lost.
+        before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
+        self._replace_outstanding(self._renumbered(update, self._connected.frame_bytes), before)
+        return True
 
     def _set_frame_bytes(self) -> None:
         usual = self._connected.frame_bytes
@@ -270,9 +285,9 @@ class Uplink:
     def _replace_outstanding(self, update: OutstandingUpdate | None, answered: AnsweredUpdate | None = None) -> None:
         self.pending.put(replace(self.pending.state, outstanding=update), answered)
 
-    def _renumbered(self, update: OutstandingUpdate) -> OutstandingUpdate:
+    def _renumbered(self, update: OutstandingUpdate, frame_bytes: int = 0) -> OutstandingUpdate:
         """The update with a new sequence number, in new parts, sealed and signed again, and masked if it is private."""
-        fresh = replace(update, seq=self.pending.next_seq(), frame_bytes=self.frame_bytes, sealed=b"")
+        fresh = replace(update, seq=self.pending.next_seq(), frame_bytes=frame_bytes or self.frame_bytes, sealed=b"")
         if update.private is not None:
             return masked(fresh, self.profile)
         return sealed(fresh, self.profile.key, self.profile.seal) if update.sealed else fresh
