@@ -110,6 +110,25 @@ def test_a_packet_larger_than_announced_ends_the_connection_before_it_is_read(pr
         assert peak < 2**25 + 2**21  # the script's own copy, and next to nothing of ours
 
 
+@pytest.mark.parametrize(("size", "told"), [(122_880, False), (122_881, True)])
+@pytest.mark.parametrize("protocol", [MQTT_5, MQTT_311])
+def test_a_connection_that_is_lost_while_a_large_message_is_sent_tells_its_size(
+    protocol: int, size: int, told: bool
+) -> None:
+    """Brokers of MQTT 3.1.1 do not tell what they take: they hang up, at each attempt."""
+
+    def script(kind: int, content: bytes) -> bytes | None:
+        if kind == CONNECT:
+            return connack(protocol) if content[6] == protocol else bytes([0x20, 2, 0, 1])
+        return None
+
+    with scripted(script) as broker, linked(broker.url, "dev") as (link, inbox):
+        link.publish("t", bytes(size))
+        reason = inbox.next(Disconnected).reason
+    assert reason.startswith("the connection to the broker was lost")
+    assert (f"while a message of {size} bytes was sent" in reason) == told
+
+
 def test_who_takes_larger_frames_announces_larger_packets() -> None:
     large = publication(MQTT_5, bytes(9 << 20))
     with sending(MQTT_5, large) as broker, linked(broker.url, "dev", frame_bytes=10 << 20) as (link, inbox):

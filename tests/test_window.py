@@ -58,3 +58,14 @@ def test_answers_in_between_leave_it_as_it_is() -> None:
     send(some, 1, 120_000)
     some.answered(0, now=6.0)
     assert some.bytes_max == BYTES_TO_BEGIN
+
+
+def test_only_a_message_larger_than_usual_that_is_not_answered_is_under_suspicion() -> None:
+    some = window()
+    found = [some.suspicion]
+    send(some, 2, 122_880)
+    found.append(some.suspicion)
+    some.sent(7, ticket=1, size_bytes=122_881, now=0.0)
+    assert "122881 bytes" in some.suspicion
+    some.answered(7, now=1.0)
+    assert [*found, some.suspicion] == ["", "", ""]

@@ -339,7 +339,9 @@ class Connection:
             if code.value == SESSION_TAKEN_OVER:
                 self._reason += f"; another client uses the client id {self._client_id!r}: stop one of them"
         elif code.value == KEEPALIVE_TIMEOUT:
-            self._reason = f"the broker did not answer for {self._keepalive_s} s"
+            self._reason = f"the broker did not answer for {self._keepalive_s} s{self._window.suspicion}"
+        else:
+            self._reason += self._window.suspicion
 
     def _on_message(self, client: Client, _u: object, message: MQTTMessage) -> None:
         try:

@@ -1,6 +1,5 @@
 """The limits of unacknowledged data in each direction: publications sent, and messages received.
 
-
 The window of publications adapts to the time that a broker takes to acknowledge them. paho queues its ping behind
 other data, and treats the broker as lost if no answer arrives within a keepalive. A slow uplink therefore needs a
 small window. A fast uplink needs a large one to be used fully.
@@ -9,6 +8,8 @@ small window. A fast uplink needs a large one to be used fully.
 import math
 from dataclasses import dataclass, field
 from typing import Final
+
+from ternbus.broker.protocol.frame import FRAME_BYTES
 
 BYTES_TO_BEGIN: Final = 256 << 10
 BYTES_MAX: Final = 4 << 20
@@ -63,6 +64,17 @@ class Window:
     def is_open(self) -> bool:
         """Whether one more publication may be sent; always true if none is unacknowledged."""
         return not self._under_way or (len(self._under_way) < self.messages_max and self.size_bytes < self.bytes_max)
+
+    @property
+    def suspicion(self) -> str:
+        """What may have ended a connection, for people: a message larger than usual; empty if none was under way."""
+        largest = max((each.size_bytes for each in self._under_way.values()), default=0)
+        if largest <= FRAME_BYTES:
+            return ""
+        return (
+            f" while a message of {largest} bytes was sent: if that goes on, the broker or the line takes none so "
+            "large, and limits.frame_bytes, or the device's frame_bytes, is to be lowered"
+        )
 
     def sent(self, mid: int, *, ticket: int, size_bytes: int, now: float) -> None:
         """Record a publication with the packet identifier ``mid``."""
