@@ -189,6 +189,14 @@ def test_a_head_says_which_frames_are_taken_where_they_are_larger_than_usual(
     assert ("frame_bytes" in parse(bench.retained[HEAD]).meta) == bool(told)
 
 
+def test_a_broker_is_not_blamed_for_a_head_that_the_aggregator_changed(make: Make) -> None:
+    bench = make(limits__frame_bytes=2**18)
+    bench.dial()
+    actions = bench.handle(events.Connected(frame_bytes=2**17))
+    (given,) = [action.why for action in actions if isinstance(action, events.RepublishRetained)]
+    assert given == "the head changed before the broker showed what it holds"
+
+
 def test_what_a_broker_gets_for_the_first_time_is_no_news_for_the_operator(tmp_path: Path) -> None:
     bench = Bench(make_directory(tmp_path / "first"))
     (first,) = [action for action in bench.start() if isinstance(action, events.RepublishRetained)]

@@ -373,7 +373,9 @@ class Versions:
                 self.published.sizes.pop(topic, None)
             if not (payload and in_doubt):
                 actions.append(Publish(topic=topic, payload=payload, retain=True))
-        return actions + self.republish() if in_doubt else actions
+        if in_doubt:
+            actions += self.republish("the head changed before the broker showed what it holds")
+        return actions
 
 
 def _cleared(retained: Iterable[str]) -> list[Message]:
