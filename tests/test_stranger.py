@@ -445,6 +445,20 @@ def test_parts_in_any_order_more_than_once_and_over_a_kill(world: Callable[..., 
 
 
 @pytest.mark.slow
+def test_who_does_not_know_the_heads_frame_bytes_takes_larger_frames_and_sends_usual_ones(
+    world: Callable[..., World],
+) -> None:
+    wide = world("wide", BIG, limits__frame_bytes=2**18)
+    (device,) = wide.join("usual")
+    assert device.schema is not None
+    assert device.head is not None
+    assert device.head["frame_bytes"] == 2**18
+    merged(device, make_block(device.schema, "float32", 93), codec="float32")
+    assert same_as_status(device, wide.aggregator)["counts"]["merged"] == 1
+    assert not device.refused
+
+
+@pytest.mark.slow
 def test_what_is_accepted_survives_a_kill(world: Callable[..., World]) -> None:
     pairs = world("pairs", SMALL, merge__buffer_size=2)
     one, two = pairs.join("one", "two")
