@@ -189,6 +189,14 @@ def test_a_head_says_which_frames_are_taken_where_they_are_larger_than_usual(
     assert ("frame_bytes" in parse(bench.retained[HEAD]).meta) == bool(told)
 
 
+@pytest.mark.parametrize(("broker", "warned"), [(8 * 2**20 - 1024, False), (8 * 2**20 - 1023, True)])
+def test_frames_that_most_devices_do_not_take_are_warned_of(make: Make, broker: int, warned: bool) -> None:
+    bench = make(limits__frame_bytes=2**24)
+    bench.dial()
+    actions = bench.handle(events.Connected(frame_bytes=broker))
+    assert ("large-frames" in [each.event for each in actions if isinstance(each, events.Log)]) == warned
+
+
 def test_a_broker_is_not_blamed_for_a_head_that_the_aggregator_changed(make: Make) -> None:
     bench = make(limits__frame_bytes=2**18)
     bench.dial()

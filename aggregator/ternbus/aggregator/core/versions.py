@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ternbus.aggregator.core import records
-from ternbus.aggregator.core.events import Action, Connected, Publish, RepublishRetained, Save
+from ternbus.aggregator.core.events import Action, Connected, Log, Publish, RepublishRetained, Save
 from ternbus.aggregator.core.frames import FrameWriter, Message, Reserved
 from ternbus.aggregator.core.search import Search
 from ternbus.aggregator.core.terms import PrivateTerms
@@ -17,8 +17,9 @@ from ternbus.aggregator.merge.recipe import Recipe
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.sums.private_sets import OpenedSet
 from ternbus.broker.errors import ProtocolError
+from ternbus.broker.log_levels import WARNING
 from ternbus.broker.protocol import topics
-from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.frame import FRAME_BYTES_TAKEN, parse
 from ternbus.broker.protocol.merge_log import Contribution, DroppedUpdate, MergedSet, Signed
 from ternbus.broker.protocol.messages import RESTORE_LEAP
 from ternbus.broker.protocol.model_messages import Delta, Head, SnapshotRef
@@ -230,13 +231,20 @@ class Versions:
         Retained frames that are larger than the limit give way to a snapshot in smaller parts.
         """
         self.frames.connected(event)
-        if any(self.published.sizes[topic] > self.frames.frame_bytes for topic in self.wanted()):
-            return self.snapshot()
+        most = self.frames.frame_bytes
+        text = (
+            f"frames of up to {most} bytes: above {FRAME_BYTES_TAKEN} they reach only devices and helpers that take "
+            "them, such as devices joined with as large a --frame-bytes, and others wait for good; lower "
+            "limits.frame_bytes in aggregator.toml and restart"
+        )
+        told = [Log(text=text, level=WARNING, event="large-frames")] if most > FRAME_BYTES_TAKEN else []
+        if any(self.published.sizes[topic] > most for topic in self.wanted()):
+            return [*told, *self.snapshot()]
         reserved, (topic, frame) = self._build_head()
         if parse(frame).meta == parse(self.published.head_frame).meta:
-            return [*reserved]
+            return [*told, *reserved]
         self.published.head_frame = frame
-        return [*reserved, *self._retain([(topic, frame)])]
+        return [*told, *reserved, *self._retain([(topic, frame)])]
 
     def republish(self, why: str = "the broker did not deliver the stored ones") -> list[Action]:
         """Give the broker what it should have retained: the snapshot, the deltas since, the head.

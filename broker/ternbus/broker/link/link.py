@@ -9,7 +9,7 @@ from ternbus.broker.link.connection import MQTT_5, MQTT_311, Connection, Unsuppo
 from ternbus.broker.link.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
 from ternbus.broker.link.tls import Tls
 from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
-from ternbus.broker.protocol.frame import FRAME_BYTES
+from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_TAKEN
 
 __all__ = [
     "Arrived", "Connected", "Disconnected", "Link", "LinkError", "LinkEvent", "PacketTooLargeError", "Published",
@@ -17,8 +17,8 @@ __all__ = [
 ]  # fmt: skip
 
 FILTERS_PER_PACKET: Final = 8
-PACKET_BYTES_IN: Final = 8 << 20  # the limit for the broker's packets, unless frames may be larger
 PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for the packet's header and topic
+PACKET_BYTES_IN: Final = FRAME_BYTES_TAKEN + PACKET_RESERVE_BYTES  # unless own frames may be larger
 
 
 class PacketTooLargeError(LinkError):

@@ -22,6 +22,7 @@ CONTAINERS_MAX: Final = 2048  # maps and arrays in a header: each costs about a 
 COUNTER_MAX: Final = 2**62  # the maximum of seq, version, base and session
 U64: Final = 2**64
 FRAME_BYTES: Final = 120 * 1024  # AWS IoT Core accepts 128 KB; a broker with a smaller limit sends it in CONNACK
+FRAME_BYTES_TAKEN: Final = (8 << 20) - 1024  # every member takes frames up to this size
 FRAME_BYTES_RANGE: Final = 4096, 268_000_000  # bounds of the setting: from the size of an envelope, and from MQTT
 
 
