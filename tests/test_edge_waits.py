@@ -41,6 +41,18 @@ def test_it_says_for_whom_it_waits_every_ten_seconds() -> None:
     assert logged(device.wait(100)) == []
 
 
+def test_a_device_that_gets_none_of_many_versions_says_that_it_waits() -> None:
+    scripted, device = aggregator(), connected()
+    device.arrive(scripted.status())
+    for _ in range(10):
+        scripted.advance()
+        device.arrive(scripted.head())
+        device.wait(1)
+    texts = [action.text for action in of(device.actions, Log) if action.event == "waiting"]
+    assert texts[0] == "waiting for version 3 of the model"
+    assert 1 <= len(texts) <= 3
+
+
 def test_an_enrolment_without_an_answer_is_waited_for_too() -> None:
     device = connected("join", state={"enrolled": False}, code="c", timeout_s=20.0)
     scripted = aggregator()

@@ -46,7 +46,8 @@ class WaitTimer:
         if self.awaited is None and awaited is not None:
             self._since_s = now
         if awaited != self.awaited:
-            self._report_s = now + FIRST_REPORT_S
+            first_s = now + FIRST_REPORT_S  # what is awaited may be a newer version every second, and none arrives
+            self._report_s = first_s if self.awaited is None else min(first_s, self._report_s)
         self.awaited = awaited
 
     def report(self, now: float) -> list[Log]:
