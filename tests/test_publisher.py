@@ -17,12 +17,26 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import events
+from ternbus.aggregator.core.frames import FrameWriter
+from ternbus.aggregator.settings import LimitSettings, Settings
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import parse
+from ternbus.broker.protocol.identity import Identity
+from ternbus.broker.protocol.schema import Schema
 from ternbus.broker.protocol.ternary import Block
 
 HEAD = topics.head(LAB)
 Make = Callable[..., Bench]
+
+
+def test_larger_frames_leave_as_many_parts_unasked() -> None:
+    """A device that has not seen the new head would send parts that are dropped, and wait for a minute."""
+    schema = Schema.of({"w": (1_000_000,)})
+    found = []
+    for size in (122_880, 2**21):
+        settings = Settings(federation="lab", broker="mqtt://x", limits=LimitSettings(frame_bytes=size))
+        found.append(FrameWriter(settings=settings, identity=Identity(bytes(32)), schema=schema, seq=0).direct_parts)
+    assert found == [34, 34]
 
 
 def test_a_snapshot_is_published_to_the_other_place_every_half_of_the_slots(make: Make) -> None:

@@ -50,10 +50,14 @@ class FrameWriter:
 
     @property
     def direct_parts(self) -> int:
-        """How many parts of an update come unasked: as many as the schema's largest update needs."""
+        """How many parts of an update come unasked: as many as the schema's largest update needs.
+
+        They are of the usual size at most: a device may not know yet, or not at all, that it may send larger ones.
+        """
         largest = 4 * self.schema.elements
         largest += largest // 256 + 256  # what zstd and a sealed box add at worst
-        return max(self.settings.limits.direct_parts, -(-largest // max(1024, self.frame_bytes - ENVELOPE_BYTES)))
+        room = max(1024, min(self.frame_bytes, FRAME_BYTES) - ENVELOPE_BYTES)
+        return max(self.settings.limits.direct_parts, -(-largest // room))
 
     def connected(self, event: Connected) -> None:
         """Make no frames that the broker does not take, and ask devices for larger ones where it says that it does."""
