@@ -18,6 +18,7 @@ from support.small_world import (
     ternary_block,
 )
 from ternbus.aggregator.core import events, records
+from ternbus.aggregator.core.retained import LOOK_S
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.frame import build, parse
 from ternbus.broker.protocol.identity import Identity
@@ -71,7 +72,8 @@ def test_a_broker_that_shows_the_head_is_left_in_peace(make: Make) -> None:
     bench.receive(asked.filters[0], bench.retained[asked.filters[0]])
     bench.tick(10.0)
     assert len(bench.published) == before
-    assert bench.core.deadline is None
+    assert bench.core.deadline is not None
+    assert bench.core.deadline > bench.now + LOOK_S / 2  # then it is asked again
 
 
 @pytest.mark.parametrize("shown", [None, b"", b"another"])

@@ -102,15 +102,10 @@ class Core:
             settings, self.identity, self.schema, self.influence, self.sums, self.published, self.search
         )
         self._updates = Updates(
-            settings=settings,
-            work=self.work,
-            model=self.model,
-            validation=self.validation,
-            frames=self._frames,
-            counters=self._counters,
-            log_limit=self._refusals.log_limit,
+            settings=settings, work=self.work, model=self.model, validation=self.validation, frames=self._frames,
+            counters=self._counters, log_limit=self._refusals.log_limit,
             closed=self.published.state == CLOSED or self.is_closing,
-        )
+        )  # fmt: skip
         self._enrollment = Enrollment(
             settings=settings, registry=self.registry, updates=self._updates, refusals=self._refusals
         )
@@ -270,7 +265,7 @@ class Core:
         actions += self._status("online")
         self._versions.confirm_by = self._now + RETAINED_S
         self._merges.connected(self._now)
-        self._retained.shown.connected(self._now)
+        self._retained.connected(self._now)
         actions += self._versions.fit(event)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish(why="")  # the broker cannot have anything of ours yet
@@ -295,6 +290,7 @@ class Core:
 
     def _status(self, state: str) -> list[Action]:
         reserved, (topic, payload) = self._frames.status(state, self.session, self.software)
+        self._retained.status_frame = payload
         return [*reserved, Publish(topic=topic, payload=payload, retain=True)]
 
     # --- messages
@@ -330,9 +326,9 @@ class Core:
     def _own(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """They tell whether the broker lost any, and nothing else."""
         self._enrollment.take_own(address.kind, event.payload, self._now)
-        if address.kind == "head":
-            return self._own_head(event, address) if self._versions.confirm_by is not None else []
-        if address.kind in {"snapshot", "delta", topics.TERMS}:
+        if address.kind == "head" and self._versions.confirm_by is not None:
+            return self._own_head(event, address)
+        if address.kind in {"head", "snapshot", "delta", topics.TERMS}:
             return self._retained.part_arrived(event.topic, event.payload, self._now)
         if address.kind == "status" and event.payload and not self._updates.stopping:
             return self._own_status(event, address)
@@ -355,6 +351,8 @@ class Core:
 
     def _own_status(self, event: events.MessageArrived, address: topics.Address) -> list[Action]:
         """A last will that comes while we are connected is answered in a session above its own."""
+        if event.payload == self._retained.status_frame:
+            return self._retained.part_arrived(event.topic, event.payload, self._now)
         frame = parse(event.payload)
         topics.check(frame, address)
         frame.check_authentic(self.identity.public)

@@ -1,7 +1,9 @@
 """A check that the broker keeps retained messages: refusals are noted, and each snapshot is read back by its parts.
 
 A PUBACK does not say that a message is retained: on MQTT 3.1.1 it has no code, and brokers drop messages silently
-above a limit. So the parts of a snapshot are asked for by name once the broker has acknowledged all of them.
+above a limit. So the parts of a snapshot are asked for by name once the broker has acknowledged all of them. Head,
+status and deltas are asked for when no newer head has come for a while: where they are lost, devices have nothing to
+train on, so that no update would ever bring a newer head.
 """
 
 from collections import Counter
@@ -27,6 +29,7 @@ READ_MAX: Final = 4  # messages on a part's topic for each time that it is asked
 ASK_S: Final = 30.0  # for the next part that was asked for; then it is asked for once more
 RETRY_S: Final = 10.0  # until something lost is published again; it doubles each time
 RETRY_MAX_S: Final = 600.0
+LOOK_S: Final = 300.0  # with the same head, until it is asked for, and from then on; devices ask for it as often
 REPLACED: Final = {Head.KIND, Snapshot.KIND, Delta.KIND}  # by a newer snapshot
 DROPPED, UNACKNOWLEDGED, TOO_LARGE = "dropped", "unacknowledged", "Packet too large"
 
@@ -55,6 +58,10 @@ class Retained:
     _retry_at: float | None = None
     _attempts: int = 0
     _told: set[tuple[str, str]] = field(default_factory=set)  # kinds and reasons that the operator knows of
+    status_frame: bytes = b""  # the newest that says online
+    _look_at: float | None = None  # when head, status and new deltas are asked for; None: there is no connection
+    _looked_head: bytes = b""  # the head that the time counts from
+    _looked_version: int = 0  # up to which deltas were asked for
 
     @property
     def acknowledgements(self) -> Set[str]:
@@ -65,6 +72,10 @@ class Retained:
     @property
     def _head(self) -> str:
         return topics.head(self.versions.settings.federation)
+
+    @property
+    def _status(self) -> str:
+        return topics.status(self.versions.settings.federation)
 
     @property
     def withheld(self) -> str:
@@ -86,7 +97,10 @@ class Retained:
         """Of our own frames."""
         if self.awaited:
             return self._silent_at
-        return self._ask_by if self._chunk else self._retry_at
+        if self._chunk:
+            return self._ask_by
+        look_at = None if DROPPED in self._lost.values() else self._look_at  # that is looked for at each retry
+        return min((due for due in (self._retry_at, look_at) if due is not None), default=None)
 
     # --- what the broker answers
 
@@ -121,8 +135,8 @@ class Retained:
         return actions
 
     def part_arrived(self, topic: str, payload: bytes, now: float) -> list[Action]:
-        """A part of a snapshot as the broker holds it."""
-        if topic not in self._chunk:
+        """A part of a snapshot as the broker holds it, or another message that may have been asked for."""
+        if topic not in self._chunk and topic not in {self._head, self._status}:
             return [Unsubscribe(filters=(topic,))] if payload else []  # an earlier process asked for it
         if topic not in self._asked:
             return []
@@ -151,6 +165,11 @@ class Retained:
 
     # --- connection and time
 
+    def connected(self, now: float) -> None:
+        """From here on the broker is asked now and then what it holds."""
+        self._look_at = now + LOOK_S
+        self.shown.connected(now)
+
     def disconnected(self, now: float, *, is_contested: bool) -> list[Action]:
         """What was not acknowledged, or has not come, may be lost. ``is_contested``: see `Reconnect.failed`."""
         text = contested(f"{AGGREGATOR}-{self.versions.settings.federation}") if is_contested else ""
@@ -158,8 +177,9 @@ class Retained:
             text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()
+        self._look_at = None
         self._lost, self._again = self._again | self._lost, {}
-        self._lost.pop(topics.status(self.versions.settings.federation), None)  # each connection begins with a new one
+        self._lost.pop(self._status, None)  # each connection begins with a new one
         self.shown.disconnected()
         line = self.refusals.log_limit.write("contested", text, now) if text else ""
         return [Log(text=line, level=WARNING, event="contested")] if line else []
@@ -170,13 +190,17 @@ class Retained:
 
     def _frames_on_time(self, now: float) -> list[Action]:
         """First of all, follow a snapshot that was just published."""
+        if self._look_at is not None and self._looked_head is not self.versions.published.head_frame:
+            self._looked_head, self._look_at = self.versions.published.head_frame, now + LOOK_S
         if self._given != self.versions.given:
             return self._follow(now)
         if self._due is None or self._due > now:
             return []
         if self.awaited:
             return self._nothing_comes(now)
-        return self._part_is_missing(now) if self._chunk else self._retry(now)
+        if self._chunk:
+            return self._part_is_missing(now)
+        return self._look(now) if self._retry_at is None or self._retry_at > now else self._retry(now)
 
     def _nothing_comes(self, now: float) -> list[Action]:
         """Only tell: the messages are under way on this connection, and are published again on the next one."""
@@ -210,6 +234,14 @@ class Retained:
         """The parts of the terms of private sums, where there are any, and of the newest snapshot."""
         return [*self.versions.terms_topics(), *self.versions.snapshot_topics()]
 
+    def _look(self, now: float) -> list[Action]:
+        """Ask for head and status, and once for each delta: devices may be waiting for what the broker has lost."""
+        self._look_at = now + LOOK_S
+        new = self.versions.delta_topics(self._looked_version)
+        self._looked_version = self.versions.model.version
+        self._to_ask = [*new, self._head, self._status]
+        return self._ask(now)
+
     def _ask(self, now: float) -> list[Action]:
         """Ask for the next parts; with none left, say what is lost."""
         self._chunk, self._to_ask = tuple(self._to_ask[:ASKED_AT_ONCE]), self._to_ask[ASKED_AT_ONCE:]
@@ -228,13 +260,18 @@ class Retained:
             return [Subscribe(filters=tuple(sorted(self._asked)))]
         for topic in sorted(self._asked):
             self._lose(topic, DROPPED, now)
+        if self._head in self._asked:  # then the broker may have lost everything
+            self._to_ask = [*self._asked_for(), *self.versions.delta_topics()]
         return [*self._end_chunk(), *self._ask(now)]
 
     def _end_chunk(self) -> list[Action]:
         chunk, self._chunk, self._ask_by = self._chunk, (), None
-        return [Unsubscribe(filters=chunk)] if chunk else []
+        parts = tuple(topic for topic in chunk if topic not in {self._head, self._status})
+        return [Unsubscribe(filters=parts)] if parts else []
 
     def _is_newest(self, topic: str, payload: bytes) -> bool:
+        if topic in {self._head, self._status}:
+            return payload == (self.versions.published.head_frame if topic == self._head else self.status_frame)
         try:
             frame = parse(payload)
             topics.check(frame, topics.parse(topic))
@@ -260,21 +297,20 @@ class Retained:
         self._again, self._lost, self._retry_at = lost, {}, None
         if not lost:
             return self._conclude(now)
-        head, status = topics.head(self.versions.settings.federation), topics.status(self.versions.settings.federation)
         self.awaited, self._silent_at = set(lost), now + ACKNOWLEDGE_S
         self._to_ask = [topic for topic in self._asked_for() if topic in lost]
         # an acknowledgement says little of a delta that was acknowledged before
-        self._to_ask += [topic for topic in self.versions.delta_topics() if lost.get(topic) == DROPPED]
+        others = (*self.versions.delta_topics(), self._head, self._status)
+        self._to_ask += [topic for topic in others if lost.get(topic) == DROPPED]
         frames = [topic for topic in self.versions.wanted() if topic in lost]
         actions: list[Action] = [RepublishRetained(topics=tuple(frames))] if frames else []
-        if head in lost:
-            actions.append(Publish(topic=head, payload=self.versions.published.head_frame, retain=True))
-        return [*actions, *(self.say_online() if status in lost else [])]
+        if self._head in lost:
+            actions.append(Publish(topic=self._head, payload=self.versions.published.head_frame, retain=True))
+        return [*actions, *(self.say_online() if self._status in lost else [])]
 
     def _current(self) -> list[str]:
         """The topics whose messages the broker should hold, in the order of their publication."""
-        federation = self.versions.settings.federation
-        return [*self.versions.wanted(), topics.head(federation), topics.status(federation)]
+        return [*self.versions.wanted(), self._head, self._status]
 
     def _conclude(self, now: float) -> list[Action]:
         """All has been answered: tell the operator what is lost, or that nothing is any more."""

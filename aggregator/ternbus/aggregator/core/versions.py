@@ -286,9 +286,9 @@ class Versions:
         wanted = self._parts_in(lambda page: topics.revocations(self.settings.federation, page))
         return [*wanted, *self.terms_topics(), *self.snapshot_topics(), *self.delta_topics()]
 
-    def delta_topics(self) -> list[str]:
-        """The topics of the parts of the deltas since the newest snapshot, in order."""
-        versions = range(self.published.snapshot.version + 1, self.model.version + 1)
+    def delta_topics(self, after: int = 0) -> list[str]:
+        """The topics of the parts of the deltas since the newest snapshot, above version ``after``, in order."""
+        versions = range(max(self.published.snapshot.version, after) + 1, self.model.version + 1)
         return [topic for version in versions for topic in self._delta_topics(version)]
 
     def _newest_delta(self) -> list[str]:
