@@ -6,6 +6,7 @@ The device's core and the aggregator's are the true ones. In between is a broker
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,11 @@ class World:
     @classmethod
     def of(cls, bench: Bench) -> "World":
         own = bench.join("pi")
-        about = {"federation": LAB, "identity": own.identity, "aggregator_public": bench.identity.public}
+        about: dict[str, Any] = {
+            "federation": LAB,
+            "identity": own.identity,
+            "aggregator_public": bench.identity.public,
+        }
         core_profile = core_device.profile(tensors=SHAPES, **about)
         core = Core(core_profile, State(key=core_profile.key, enrolled=True))
         world = cls(bench=bench, device=core_device.Device(core, now=bench.now), retained=dict(bench.retained))
