@@ -6,6 +6,8 @@ import re
 import signal
 import threading
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ from ternbus.lab.notebook.frames import library
 from ternbus.lab.notebook.objectives import accuracy_of_signs, mae, r2
 from ternbus.lab.notebook.parts import parts_of
 from ternbus.lab.notebook.search import arguments_with, sweep, tune
+from ternbus.lab.notebook.simulated import speeds_of
 from ternbus.lab.notebook.surroundings import Interrupt, untouched
 
 
@@ -160,6 +163,26 @@ def test_a_search_says_which_argument_is_of_another_type() -> None:
             search(federation(), "x")  # type: ignore[arg-type]  # likewise
 
 
+@pytest.mark.parametrize(
+    "owners",
+    [[["a", "b"], *"aabbccdd"], [[1, 2, 3], [4, 5]] + [[6]] * 7, np.array([[1, 2], [3]] + [[4]] * 7, dtype=object)],
+)
+def test_owners_that_are_lists_are_refused_in_words(owners: Any) -> None:
+    inputs, targets = numbers(9)
+    with pytest.raises(ConfigError, match="owners has a list in the place of a label: give one number or text"):
+        federation(clients=None, data=(inputs, targets), owners=owners, partition=natural(), test=(inputs, targets))
+    table = pd.DataFrame({"owner": list(owners)}, dtype=object)
+    with pytest.raises(ConfigError, match="the column 'owner' has a list in the place of a label"):
+        federation(clients=None, data=(inputs, targets), owners=table, partition=natural(), test=(inputs, targets))
+
+
+def test_owners_as_a_table_of_objects_are_refused_in_words() -> None:
+    inputs, targets = numbers(9)
+    owners = np.array([["a", "b"]] * 9, dtype=object)
+    with pytest.raises(ConfigError, match=r"an array of shape \(9, 2\) as owners of 9 samples"):
+        federation(clients=None, data=(inputs, targets), owners=owners, partition=natural(), test=(inputs, targets))
+
+
 def test_owners_divide_the_samples_without_a_partition() -> None:
     inputs, targets = numbers(30)
     owners = np.repeat(["b", "a", "c"], 10)
@@ -242,6 +265,24 @@ def test_what_does_not_fit_is_refused_in_words(changes: dict[str, Any], message:
 def test_a_task_that_is_none_is_refused(task: Any, what: str) -> None:
     with pytest.raises(ConfigError, match=f"task is {what}: give the name of a task"):
         Federation(task=task)
+
+
+@pytest.mark.parametrize("seconds", [np.float32(2), np.array(2.0), Fraction(2), Decimal(2)])
+def test_seconds_are_numbers_of_any_class(seconds: Any) -> None:
+    names = ["alice", "bob"]
+    assert speeds_of(seconds, names) == speeds_of(2, names)
+
+
+@pytest.mark.parametrize(("speeds", "says"), [(object(), "speeds is <object"), (["1", "2"], "speeds has '1', but")])
+def test_seconds_that_are_no_numbers_are_refused_in_words(speeds: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        speeds_of(speeds, ["alice", "bob"])
+
+
+@pytest.mark.parametrize("partition", [dirichlet, quantity])
+@pytest.mark.parametrize("alpha", [0.5, Fraction(1, 2), Decimal("0.5"), np.float32(0.5)])
+def test_a_partition_takes_a_number_of_any_class(partition: Any, alpha: Any) -> None:
+    assert partition(alpha) == partition(0.5)
 
 
 @pytest.mark.parametrize("partition", [dirichlet, quantity])

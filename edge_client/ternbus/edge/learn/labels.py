@@ -15,6 +15,9 @@ QUANTILES: Final = 10
 ABSENT: Final = ("NAType", "NaTType")
 """Of pandas: what stands in the place of a label that is not there."""
 
+SEVERAL: Final = (list, tuple, set, frozenset, dict, np.ndarray)
+"""Of these, one is no label."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -88,9 +91,20 @@ def columns_of(table: Any) -> dict[str, Any]:
     return {str(name): table[name] for name in names}
 
 
+def single(labels: object, what: str) -> npt.NDArray[Any]:
+    """The labels as an array. Raises `ConfigError`, which names them as ``what``, where a row has several values."""
+    try:
+        found = flat(labels)
+    except ValueError:  # lists of unequal length
+        found = None
+    if found is None or (found.dtype.hasobject and any(isinstance(one, SEVERAL) for one in found.flat)):
+        raise ConfigError(f"{what} has a list in the place of a label: give one number or text for each row")
+    return found
+
+
 def checked(labels: object, rows: int, what: str) -> Labels:
     """The labels of so many rows. Raises `ConfigError`, which names them as ``what``, for another number of them."""
-    found = flat(labels)
+    found = single(labels, what)
     if found.ndim != 1 or len(found) != rows:
         many = len(found) if found.ndim == 1 else f"an array of shape {found.shape} as"
         raise ConfigError(
@@ -106,7 +120,7 @@ def missing(labels: object) -> int | None:
         rows = np.isnan(found)
     elif found.dtype.kind in "mM":
         rows = np.isnat(found)
-    elif found.dtype.hasobject:
+    elif found.dtype.hasobject and found.ndim == 1:
         rows = np.array([one is None or type(one).__name__ in ABSENT or bool(one != one) for one in found], bool)  # noqa: PLR0124 - as NaN
     else:
         return None

@@ -116,7 +116,7 @@ def of_table(data: Any, owners: Any, parts: Parts, testing: Testing) -> Arrays:
     elif table is not None and parts.column is not None:  # for the message that has the columns there are
         owners = {str(name): np.asarray(table[name]) for name in table.columns}
     elif owners is not None and not labels.columns_of(owners):
-        owners = np.asarray(owners)
+        owners = labels.single(owners, "owners")
     _check_owners(owners, parts)
     _check_columns({"data": data, "test": testing.data})
     return Arrays(_finite_samples(data, "data", testing.form), owners, testing)
@@ -126,9 +126,9 @@ def _check_owners(owners: Any, parts: Parts) -> None:
     """Raise `ConfigError` for rows of nobody: they would be one device."""
     table = labels.columns_of(owners)
     name = next(iter(table)) if parts.column is None and len(table) == 1 else parts.column or ""
-    row = labels.missing(table.get(name, [] if table or owners is None else owners))
+    what = f"the column {name!r}" if name in table else "owners"
+    row = labels.missing(labels.single(table.get(name, [] if table or owners is None else owners), what))
     if row is not None:
-        what = f"the column {name!r}" if name in table else "owners"
         raise ConfigError(f"{what} has no label in row {row}: give one, or remove such rows")
 
 

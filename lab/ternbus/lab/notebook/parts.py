@@ -1,10 +1,10 @@
 """How one table of samples is divided among simulated devices: the partitions of a scenario, as functions."""
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import Any
 
 from ternbus.broker.errors import ConfigError
+from ternbus.lab.notebook.simulated import is_number
 from ternbus.lab.scenario import partitions
 
 
@@ -59,10 +59,10 @@ def natural() -> Parts:
     return Parts(partition="natural")
 
 
-def _number(kind: str, alpha: object) -> str:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float | np.number):
+def _number(kind: str, alpha: Any) -> str:
+    if not is_number(alpha):
         raise ConfigError(f"{kind}() has the alpha {alpha!r}, but it must be a number, as in {kind}(0.5, 20)")
-    return f"{alpha:g}"
+    return f"{float(alpha):g}"
 
 
 def parts_of(given: object) -> Parts:

@@ -1,8 +1,10 @@
 """The scenario of a run: what the caller chooses, checked by the names that there are."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
+from numbers import Real
 from typing import Any, Final
 
 import numpy as np
@@ -120,6 +122,11 @@ def whole(name: str, given: Any) -> int:
     return int(given)
 
 
+def is_number(given: object) -> bool:
+    """Whether it is a real number: of Python, of numpy, or of another class of numbers."""
+    return isinstance(given, Real | Decimal) and not isinstance(given, bool)
+
+
 def _of_kinds(given: Mapping[str, Any]) -> dict[str, Any]:
     """Further fields of a scenario. Raises `ConfigError` for what is not of the field's class, such as a dict."""
     found = dict(given)
@@ -144,18 +151,22 @@ def speeds_of(given: Any, names: Sequence[str]) -> Speeds:
     """The speeds: as they are; the same number of seconds for all; or one for each device, in order or by name."""
     if given is None or isinstance(given, Speeds):
         return given or Speeds()
-    if isinstance(given, str):
+    if isinstance(given, np.ndarray) and given.ndim == 0:
+        given = given.item()
+    if isinstance(given, str) or not (is_number(given) or isinstance(given, Iterable)):
         raise ConfigError(f"speeds is {given!r}: give the seconds of a training, one number or one for each device")
     if isinstance(given, Mapping):
         refuse_unknown(given, names, "speeds: there is no device")
         if missing := [name for name in names if name not in given]:
             raise ConfigError(f"speeds has no seconds for {missing[0]}: give one for each device, or a number for all")
         given = [given[name] for name in names]
-    seconds = [given] * len(names) if isinstance(given, int | float) else list(given)
+    seconds = [given] * len(names) if is_number(given) else list(given)
     if len(seconds) != len(names):
         raise ConfigError(
             f"speeds has {counted(len(seconds), 'number')} for {counted(len(names), 'device')}: give one for each"
         )
     for each in seconds:
-        within("speeds", each, 0, 86_400)
+        if not is_number(each):
+            raise ConfigError(f"speeds has {each!r}, but must have numbers of seconds")
+        within("speeds", float(each), 0, 86_400)
     return GivenSpeeds(seconds=tuple(map(float, seconds)))
