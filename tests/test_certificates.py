@@ -21,7 +21,7 @@ from ternbus.broker.link.link import Link, Tls
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, ServerTls
 from ternbus.broker.protocol.identity import Identity, is_device
 from ternbus.broker.protocol.invitation import Invitation
-from ternbus.broker.server import auth_callout, callout_tokens, certificates, mosquitto
+from ternbus.broker.server import auth_callout, broker_checkup, callout_tokens, certificates, mosquitto
 from ternbus.broker.server.callout_tokens import Question
 from ternbus.broker.server.certificates import Authority, Pair
 from ternbus.broker.server.directory import BrokerDirectory
@@ -397,6 +397,21 @@ def test_the_aggregator_has_papers_of_its_own_and_takes_up_renewed_ones(aggregat
     assert (aggregator / "certificate.pem").read_bytes() != bus.issued("aggregator-lab").read_bytes()
     transport.connect(aggregator, settings, lambda _: None)
     assert (aggregator / "certificate.pem").read_bytes() == bus.issued("aggregator-lab").read_bytes()
+
+
+def test_who_renews_the_certificate_of_a_client_is_said(
+    bus: BrokerDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client's folder does not know where the broker's is, nor whether it is one of Ternbus."""
+    (tmp_path / CERTIFICATE).write_text(bus.issue("pi-1", "lab").certificate)
+    later = certificates.now() + dt.timedelta(days=3640)
+    monkeypatch.setattr(certificates, "now", lambda: later)
+    (found,) = broker_checkup.of_client(tmp_path)
+    assert found.text.endswith(f"{CERTIFICATE} (this client) expires in 10 days")
+    assert found.mend.startswith("ask the broker's operator for a renewed file and put it in this one's place; of a")
+    assert "BROKER" not in found.mend
+    own = {each.check: each for each in broker_checkup.examine(bus.folder)}
+    assert own["certificates"].mend == f"ternbus broker renew {bus.folder}"
 
 
 def test_a_broker_elsewhere_gives_its_papers_in_folders(bus: BrokerDirectory, tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ternbus.broker.server.directory import BrokerDirectory
 
 CERTIFICATE_DAYS: Final = 30.0
+CLIENT_RENEWAL: Final = (  # its authority is elsewhere, and need not be one of Ternbus
+    "ask the broker's operator for a renewed file and put it in this one's place; of a Ternbus broker `ternbus broker "
+    "renew` makes it, on the broker's machine"
+)
 
 
 def examine(directory: Path) -> Iterator[Result]:
@@ -37,7 +41,7 @@ def examine(directory: Path) -> Iterator[Result]:
     yield ok("settings", f"{home.url}, listening on {settings.listen}, engine {settings.engine}")
     yield from checkup.secrets(directory / "tls" / name for name in ("ca.key", "server.key", "probe.key"))
     named = {directory / file: each.name for file, each in found.items()}
-    yield from certificates(named, f"renew {quoted(directory)}")
+    yield from certificates(named, f"ternbus broker renew {quoted(directory)}")
     yield _access(directory, mosquitto.separating_list(home.names()))
     yield from _running(directory, home)
     yield from _refusals(directory)
@@ -46,11 +50,11 @@ def examine(directory: Path) -> Iterator[Result]:
 def of_client(directory: Path) -> Iterator[Result]:
     """The certificates of a device, a helper or an aggregator; nothing where there are none."""
     names = {directory / CA: "the authority", directory / CERTIFICATE: "this client"}
-    yield from certificates({path: name for path, name in names.items() if path.exists()}, "renew BROKER")
+    yield from certificates({path: name for path, name in names.items() if path.exists()}, CLIENT_RENEWAL)
 
 
 def certificates(files: dict[Path, str], renewal: str) -> Iterator[Result]:
-    """How long these certificates are valid; ``renewal`` is the rest of the command that renews them."""
+    """How long these certificates are valid; ``renewal`` says what to do about it."""
     if not files:
         return
     try:
@@ -65,7 +69,7 @@ def certificates(files: dict[Path, str], renewal: str) -> Iterator[Result]:
     for path, days in left.items():
         if days < CERTIFICATE_DAYS:
             text = f"{path} ({files[path]}) {'has expired' if days <= 0 else f'expires in {days:.0f} days'}"
-            yield (error if days <= 0 else warning)("certificates", text, f"ternbus broker {renewal}")
+            yield (error if days <= 0 else warning)("certificates", text, renewal)
     if min(left.values()) >= CERTIFICATE_DAYS:
         yield ok("certificates", f"{len(left)}, the first expires in {min(left.values()):.0f} days")
 
