@@ -5,6 +5,7 @@ import pytest
 
 from support.core_device import DEVICE, DEVICE_KEY, of, only, published, sending, trained, update_in
 from support.scripted_aggregator import FEDERATION
+from ternbus.broker.exit_codes import EXIT_REFUSED
 from ternbus.broker.protocol import topics
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.ternary import Block
@@ -35,6 +36,28 @@ def test_an_update_that_is_not_wanted_is_forgotten_and_its_base_not_trained_on_a
     assert (device.disk.outstanding, device.disk.answered_base, device.disk.accepted) == (None, 0, 0)
     assert device.disk.residual is None
     assert of(done, StartTraining) == []
+
+
+def test_a_device_with_an_evaluators_invitation_ends_in_words() -> None:
+    """It would train for ever, and be refused each time."""
+    scripted, device, frame = sending()
+    why = "evaluator: a member that was invited as an evaluator sends no updates"
+    done = device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "invalid", reason=why))
+    stop = only(done, Stop)
+    assert stop.code == EXIT_REFUSED
+    assert "takes no updates of this device (evaluator:" in stop.reason
+    assert "run `ternbus edge evaluate`" in stop.reason
+    assert device.disk is not None
+    assert device.disk.outstanding is None  # which `edge evaluate` would send again
+
+
+def test_who_evaluates_is_not_ended_by_the_answer_to_an_update_of_before() -> None:
+    scripted, device, frame = sending()
+    again = device.restarted(role="evaluate")
+    again.connect()
+    again.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
+    why = "evaluator: a member that was invited as an evaluator sends no updates"
+    assert of(again.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, frame.seq, "invalid", reason=why)), Stop) == []
 
 
 def test_a_stale_update_goes_back_into_the_residual_in_the_same_write_that_forgets_it() -> None:

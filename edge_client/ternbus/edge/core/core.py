@@ -32,7 +32,7 @@ from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.presence import Presence
 from ternbus.edge.core.private_terms import PrivateTerms
 from ternbus.edge.core.profile import ENROLL_SEQ, Profile, subscriptions
-from ternbus.edge.core.receipts import ENDINGS, describe_refusal, ends
+from ternbus.edge.core.receipts import ENDINGS, describe_refusal, ends, is_for_good
 from ternbus.edge.core.reconnection import Reconnection
 from ternbus.edge.core.resubscribe import Resubscribe
 from ternbus.edge.core.schema_check import SchemaCheck
@@ -311,6 +311,8 @@ class Core:
         else:
             actions = self.uplink.answered(update, receipt, self.follower.schema, now)
             self._accepted += receipt.outcome == "accepted"
+            if is_for_good(receipt) and self.profile.role == "train":
+                actions += self._stop(EXIT_REFUSED, describe_refusal(receipt))
         if receipt.outcome != "busy":  # which is no answer
             self.pending.put(self.state.with_receipt(frame_seq))
         return actions
@@ -394,7 +396,5 @@ class Core:
 
     def _stop(self, code: int, reason: str) -> list[Action]:
         self.stopped = True
-        goodbye: list[Action] = []
-        if self._online and self.state.enrolled:
-            goodbye = [self._own_status.offline()]
+        goodbye = [self._own_status.offline()] if self._online and self.state.enrolled else []
         return [*goodbye, Stop(code=code, reason=reason)]

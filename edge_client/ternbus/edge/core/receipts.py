@@ -10,6 +10,7 @@ from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.state import OutstandingUpdate, State
 
 ENDINGS: Final = frozenset({"revoked", "unknown"})  # they end a device, and may answer a status
+EVALUATOR: Final = "evaluator"  # the reason of "invalid" for each update of one
 
 
 def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) -> bool:
@@ -31,6 +32,11 @@ def ends(receipt: Receipt, frame_seq: int, state: State, *, enrollment: bool) ->
             return True
         case _:
             return False
+
+
+def is_for_good(receipt: Receipt) -> bool:
+    """Whether no update of this device will ever be accepted: its invitation was an evaluator's."""
+    return receipt.outcome == "invalid" and receipt.reason.startswith(f"{EVALUATOR}:")
 
 
 def after_receipt(state: State, update: OutstandingUpdate, receipt: Receipt, schema: Schema) -> State:
@@ -94,6 +100,11 @@ def describe(receipt: Receipt, update: OutstandingUpdate) -> str:
 def describe_refusal(receipt: Receipt) -> str:
     """The reason to stop after a receipt that refuses or revokes the device, or says that it is unknown."""
     reason = f" ({receipt.reason})" if receipt.reason else ""
+    if is_for_good(receipt):
+        return (
+            f"the aggregator takes no updates of this device{reason}; run `ternbus edge evaluate`, or ask its operator "
+            "for an invitation without --evaluator"
+        )
     if receipt.outcome == "unknown":
         return (
             f"the aggregator does not know this device{reason}; "
