@@ -1,6 +1,7 @@
 """A device's enrollment, its refusal and revocation, and a new key."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -175,6 +176,28 @@ def test_one_that_joins_private_sums_to_train_spends_its_invitation_only_on_thos
             assert 'are of the kind "mask", and pi was given "bfv"' in stop.reason
             assert "its invitation is still good; join with `--private-kind mask`" in stop.reason
             assert not published(device.actions, "enroll")
+
+
+@pytest.mark.parametrize(
+    ("pins", "says"),
+    [
+        ({"helpers": (bytes(32),)}, "which its owner has pinned, is not in the terms; compare the key with"),
+        ({"min": 1000}, "and its owner requires 1000 (--private-min)"),
+    ],
+)
+def test_one_that_joins_private_sums_to_train_spends_no_invitation_on_others_than_it_pins(
+    pins: dict[str, Any], says: str
+) -> None:
+    """As where the key of a helper is mistyped."""
+    scripted = private_aggregator()
+    own = replace(PINS, **pins)
+    device = connected("join", state={"enrolled": False}, code="secret", trains_next=True, sums=own)
+    device.arrive(scripted.status(), scripted.head(), *scripted.snapshot())
+    stop = only(device.arrive(*terms_messages(scripted)), Stop)
+    assert stop.code == EXIT_CONFIG
+    assert says in stop.reason
+    assert "its invitation is still good" in stop.reason
+    assert not published(device.actions, "enroll")
 
 
 def test_one_joins_private_sums_before_there_are_terms() -> None:

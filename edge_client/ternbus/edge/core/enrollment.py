@@ -24,6 +24,11 @@ OTHER_KIND: Final = (
     "so its invitation is still good; join with `--private-kind {}` if these are the sums that you want"
 )
 
+OTHER_PINS: Final = (
+    "the private sums of the federation {} are not those that {} was given: {}; this command has sent nothing, so its "
+    "invitation is still good"
+)
+
 
 @dataclass(slots=True, kw_only=True)
 class Enrollment:
@@ -68,6 +73,8 @@ class Enrollment:
             return EXIT_CONFIG, NEEDS_PINS.format(about.federation, about.device)
         if terms is not None and terms.kind != (ours := about.sums.kind):
             return EXIT_CONFIG, OTHER_KIND.format(about.federation, terms.kind, about.device, ours, terms.kind)
+        if terms is not None and (fault := about.sums.pins_fault(terms)):
+            return EXIT_CONFIG, OTHER_PINS.format(about.federation, about.device, fault)
         return None
 
 

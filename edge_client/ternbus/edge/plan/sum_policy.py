@@ -73,6 +73,23 @@ class SumPolicy:
             return f'its owner requires private sums (--private), the plan has the codec "{plan.codec}"'
         return ""
 
+    def pins_fault(self, terms: Terms) -> str:
+        """The reason why these terms are not what the owner has pinned, beside their kind; empty if they are."""
+        cards = {helper.card.public: helper.card for helper in terms.helpers}
+        if missing := [key for key in self.helpers if key not in cards]:
+            return (
+                f"the helper {missing[0].hex()}, which its owner has pinned, is not in the terms; compare the key with "
+                "`ternbus helper status`, or ask the operator of the aggregator to add it"
+            )
+        if terms.min < self.min:
+            return f"the terms allow sums of {terms.min} devices, and its owner requires {self.min} (--private-min)"
+        if self.roster == OWN and (others := [key for key in self.helpers if cards[key].roster != OWN]):
+            return (
+                f"the helper {cards[others[0]].helper!r} lets the aggregator say which devices there are, and its "
+                "owner requires a roster of the helper's own (--private-roster own)"
+            )
+        return ""
+
     def terms_fault(self, terms: Terms, schema: Schema, plan: Plan, seen: Numbers) -> str:
         """The reason why this device makes no update by these terms; empty if it does."""
         cards = {helper.card.public: helper.card for helper in terms.helpers}
@@ -81,20 +98,10 @@ class SumPolicy:
                 f'the terms have the kind "{terms.kind}", and its owner joined for "{self.kind}" (--private-kind): an '
                 f'owner who wants the other writes private_kind = "{terms.kind}" into edge.toml'
             )
-        if missing := [key for key in self.helpers if key not in cards]:
-            return (
-                f"the helper {missing[0].hex()}, which its owner has pinned, is not in the terms; ask the operator of "
-                "the aggregator to add it"
-            )
-        if terms.min < self.min:
-            return f"the terms allow sums of {terms.min} devices, and its owner requires {self.min} (--private-min)"
+        if fault := self.pins_fault(terms):
+            return fault
         for key in self.helpers:
             card = cards[key]
-            if self.roster == OWN != card.roster:
-                return (
-                    f"the helper {card.helper!r} lets the aggregator say which devices there are, and its owner "
-                    "requires a roster of the helper's own (--private-roster own)"
-                )
             if card.number < seen.get(key, 0):
                 return (
                     f"the helper {card.helper!r} has the box key {card.number}, and number {seen[key]} was seen "
