@@ -11,8 +11,10 @@ from typer.testing import CliRunner
 
 from support.private_sums import helper_key
 from ternbus.broker.errors import ConfigError
+from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_REFUSED
 from ternbus.broker.protocol.identity import Identity, KeyId
 from ternbus.broker.protocol.invitation import Invitation
+from ternbus.edge.core.actions import Stop
 from ternbus.edge.core.state import State
 from ternbus.edge.plan.sum_policy import SumPolicy
 from ternbus.edge.shell import agent, cli, key_rotation
@@ -95,6 +97,30 @@ def test_what_does_not_go_together_is_refused_in_words(
     assert isinstance(error, ConfigError)
     assert said in str(error)
     assert not (tmp_path / "pi" / "outbox.db").exists()
+
+
+@pytest.mark.parametrize("code", [EXIT_CONFIG, EXIT_REFUSED])
+def test_a_join_that_is_refused_leaves_no_parent_folder_that_it_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A parent that was there stays, and so does one with anything else in it."""
+    (tmp_path / "there").mkdir()
+    invitation = tmp_path / "pi.toml"
+    invitation.write_text(INVITATION.dumps())
+    invitation.chmod(0o600)
+
+    def refused(home: DeviceDirectory, *_: object) -> Stop:
+        assert home.exists()
+        return Stop(code=code, reason="refused")
+
+    monkeypatch.setattr(agent, "join", refused)
+    line = ["join", str(invitation), str(tmp_path / "there" / "j" / "k" / "pi"), "--task", "digits-numpy"]
+    assert CliRunner().invoke(cli.app, line).exit_code == code
+    assert not [*(tmp_path / "there").iterdir()]
+    (tmp_path / "there" / "j").mkdir()
+    (tmp_path / "there" / "j" / "other").touch()
+    assert CliRunner().invoke(cli.app, line).exit_code == code
+    assert [each.name for each in (tmp_path / "there" / "j").iterdir()] == ["other"]
 
 
 def test_a_renewal_takes_no_pins_and_keeps_those_there_are(join: Callable[..., Any], tmp_path: Path) -> None:

@@ -191,15 +191,16 @@ def _enroll(
             _end(printer, agent.renew(home, asked, load_task(home.settings().task), options, printer), role)
         elif not (role and home.has_joined(asked)):
             model, is_new = task(), not home.folder.exists()  # before the invitation is spent
+            made = [each for each in home.folder.absolute().parents if not each.exists()]
             try:
                 stop = agent.join(home, prepare(), model, replace(options, trains_next=role == "train"), printer)
             except ConfigError:  # the command is to be repeated with other options
                 if is_new and home.folder.exists() and not outbox.exists(home.folder):  # it has sent nothing
                     with home.locked():  # or it belongs to another process
-                        home.erase()
+                        home.erase(made)
                 raise
             if is_new and stop.code in {EXIT_CONFIG, EXIT_REFUSED}:  # of no use: the key is not enrolled
-                home.erase()
+                home.erase(made)
             _end(printer, stop, role)
     assert role is not None  # noqa: S101 - `_end` has ended the command otherwise
     return role

@@ -1,8 +1,8 @@
 """A device's directory: its key, edge.toml, certificates and lock. `join` creates it, `leave` empties it."""
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Self
@@ -338,13 +338,14 @@ class DeviceDirectory:
         with taken:
             yield
 
-    def erase(self) -> None:
-        """Remove key, settings and outbox, and the directory if nothing else is in it."""
+    def erase(self, parents: Iterable[Path] = ()) -> None:
+        """Remove key, settings and outbox; and the directory, then these parents, if they are empty."""
         damaged = self.folder.glob("outbox-*")  # what a damaged outbox was, and what came in its place
         for folder in (self.folder / RENEWAL, self.folder / f"{RENEWAL}.gone", *copies(self.folder), *damaged):
             shutil.rmtree(folder, ignore_errors=True)
         names = [KEY, TOML, CA, CERTIFICATE, TLS_KEY, OUTBOX, f"{OUTBOX}-wal", f"{OUTBOX}-shm", LOCK]
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        with suppress(OSError):  # there is more in one of them
+            for folder in (self.folder, *parents):
+                folder.rmdir()
