@@ -406,6 +406,20 @@ def test_without_network_an_action_says_so_in_words(browser: "Browser") -> None:
         until(page, "document.querySelector('#entry-content').textContent.startsWith('No answer')")
 
 
+def test_an_answer_that_does_not_say_who_is_logged_in_is_told_in_words(browser: "Browser") -> None:
+    """As a proxy gives it before the dashboard answers; then the page goes on."""
+    with serving(make_directory(scratch() / "aggregator")) as site:
+        context = browser.new_context()
+        page = context.new_page()
+        page.route("**/session", lambda route: route.fulfill(status=502, body="{}", content_type="application/json"))
+        page.goto(f"http://{site.authority}/")
+        until(page, "document.querySelector('#why').textContent.includes('its answer was 502')")
+        page.unroute("**/session")
+        page.wait_for_selector("#tiles dd", timeout=WITHIN_MS)
+        until(page, "!document.querySelector('#why').textContent.includes('its answer was')")
+        context.close()
+
+
 def test_without_javascript_the_page_names_the_command_and_shows_no_empty_table(browser: "Browser") -> None:
     with (
         serving(make_directory(scratch() / "aggregator")) as site,

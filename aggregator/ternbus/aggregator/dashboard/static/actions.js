@@ -10,6 +10,8 @@ const tabs = new BroadcastChannel("session"); // other pages of this browser, wh
 const NO_ANSWER =
   "No answer: the aggregator may have ended, or the network is cut. Look whether it was done before you try again.";
 
+export const SILENCE = "The dashboard does not answer: the aggregator may have ended, or the network is cut.";
+
 async function post(path, body) {
   const headers = { "Content-Type": "application/json", ...(csrf ? { "X-CSRF-Token": csrf } : {}) };
   const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }).catch(() => {
@@ -21,9 +23,13 @@ async function post(path, body) {
   throw new Error(found.error);
 }
 
-/** Ask the server who we are. */
+/** Ask the server who we are. Throws an error, in words, where it does not say so. */
 export async function look() {
-  const found = await (await fetch("/session")).json();
+  const answer = await fetch("/session").catch(() => {
+    throw new Error(SILENCE);
+  });
+  if (!answer.ok) throw new Error(`The dashboard does not say who is logged in: its answer was ${answer.status}. Look at the aggregator's log.`);
+  const found = await answer.json();
   csrf = found.csrf;
   command = found.token_command;
   changed(found);
@@ -197,7 +203,7 @@ async function logOut() {
 
 export function begin(onChange) {
   changed = onChange;
-  tabs.onmessage = () => look().catch(() => {}); // the stream of figures says that there is no connection
+  tabs.onmessage = () => look().catch((error) => say(error.message));
   byId("login").addEventListener("click", logIn);
   byId("logout").addEventListener("click", logOut);
   byId("invite").addEventListener("click", invite);

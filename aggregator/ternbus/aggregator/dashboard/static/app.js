@@ -15,6 +15,7 @@ const WORDS = { fine: "Fine", degraded: "Degraded", down: "Down", unknown: "Unkn
 
 let state = null; // of the last look that could read the ledger
 let fault = ""; // of the last look
+let refusal = ""; // why the server did not say who we are
 let heardAt = 0;
 let clockAhead = 0; // the server's clock, in seconds
 let history = null; // columns
@@ -27,8 +28,15 @@ const now = () => Date.now() / 1000 + clockAhead;
 // Following
 
 /** Ask who we are, which opens the stream of who may read. A restart of the server has ended all logins. */
-function follow() {
-  actions.look().catch(() => setTimeout(follow, AGAIN_MS));
+async function follow() {
+  try {
+    await actions.look();
+    refusal = "";
+  } catch (error) {
+    refusal = error.message;
+    setTimeout(follow, AGAIN_MS);
+  }
+  showLive();
 }
 
 function open() {
@@ -92,8 +100,9 @@ async function keepUp(recent) {
 /** Why the figures cannot be believed to be of now; empty where they can. */
 function doubt() {
   if (heardAt > 0 && Date.now() - heardAt > SILENT_MS) {
-    return "The dashboard does not answer: the aggregator may have ended, or the network is cut.";
+    return actions.SILENCE;
   }
+  if (refusal) return refusal;
   if (fault) return `${fault}.`;
   const isOld = state !== null && now() - state.at > LATE_S + 3 * state.every_s;
   return isOld ? "The aggregator has not answered for a while: look at its log." : "";
