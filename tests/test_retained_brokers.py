@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from support.brokers import WITHIN_S
+from support.brokers import WITHIN_S, Inbox
 from support.small_world import LAB
 from ternbus.aggregator.core import retained
 from ternbus.aggregator.core.events import Action
@@ -18,6 +18,8 @@ from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.service import Service
 from ternbus.broker.link import link
 from ternbus.broker.link.connection import MQTT_311
+from ternbus.broker.link.events import Connected
+from ternbus.broker.link.link import Link
 from ternbus.broker.protocol import topics
 from ternbus.broker.server.running import ACCESS, Engine, RunningBroker, choose, start
 
@@ -117,3 +119,38 @@ def test_a_broker_that_ends_the_connection_at_a_large_message_is_explained(
             line = until(lines, "5 connections in a row ended within 10 s")[-1]
             assert "Then lower limits.frame_bytes in aggregator.toml" in line
             assert "message_size_limit" in line
+
+
+@pytest.mark.parametrize("engine", [Engine.MOSQUITTO, Engine.NATS])
+def test_a_head_that_a_broker_no_longer_holds_is_given_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the connection lasts. Where both brokers hold it, they show it again to who has subscribed already."""
+    monkeypatch.setattr(retained, "ASK_S", 5.0)
+    monkeypatch.setattr(retained, "LOOK_S", 2.0)
+    monkeypatch.setattr(retained, "RETRY_S", 0.2)
+    looked: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
+    conclude = Retained._conclude
+
+    def concluded(about: Retained, now: float) -> list[Action]:
+        looked.put(dict(about._lost))
+        return conclude(about, now)
+
+    monkeypatch.setattr(Retained, "_conclude", concluded)
+    with (
+        start(choose(engine), host="127.0.0.1", port=0, directory=tmp_path / "broker") as broker,
+        serving(broker, tmp_path / "aggregator") as lines,
+    ):
+        until(lines, "connected")
+        assert [looked.get(timeout=WITHIN_S) for _ in range(4)] == [{}] * 4  # the snapshot; then head and status
+        inbox = Inbox()
+        other = Link(broker.url, client_id="other", deliver=inbox.put)
+        other.connect(topics.up(LAB, "other", "status"), b"")
+        inbox.next(Connected)
+        other.publish(topics.head(LAB), b"", retain=True)
+        inbox.settled()
+        line = until(lines, "the broker does not hold 1 of the messages")[-1]
+        assert topics.head(LAB) in line
+        until(lines, "the broker holds all retained messages again")
+        assert inbox.stored(other, [topics.head(LAB)])
+        other.disconnect(flush_s=0.0)
