@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import Empty, SimpleQueue
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -249,3 +250,39 @@ def test_a_broker_that_acknowledges_nothing_wakes_a_device_less_and_less_often(m
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
     assert service.run() == STOP
     assert waits == pytest.approx([0.001, 0.002, 0.004, 0.004, 0.001, 0.002])
+
+
+def test_messages_are_held_only_while_the_service_waits_for_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is about to take in may change what it needs."""
+    held: list[tuple[str, float]] = []
+
+    class Held(Recorder):
+        holds_s: Callable[[str], float]
+
+    class Asking(ScriptedCore):
+        follower = SimpleNamespace(can_wait_s=lambda _, is_occupied: 3.0 if is_occupied else 0.0)
+        training = SimpleNamespace(is_occupied=lambda _: True)
+
+        def take(self, event: events.Event, now: float) -> None:
+            held.append(("busy", recorder.holds_s(TOPIC)))
+            super().take(event, now)
+
+    core, recorder = Asking([[], [STOP]]), Held()
+    service = Service(
+        cast("Core", core),
+        outbox=cast("Outbox", recorder),
+        make_link=lambda _: cast("Link", recorder),
+        report=cast("Any", print),
+    )
+
+    class Queue(SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            held.append(("idle", recorder.holds_s(TOPIC)))
+            self.put(None)
+            held.append(("about to wake up", recorder.holds_s(TOPIC)))
+            super().get()
+            return events.StopRequested(reason="")
+
+    monkeypatch.setattr(service, "_queue", Queue())
+    assert service.run() == STOP
+    assert held == [("busy", 0.0), ("idle", 3.0), ("about to wake up", 0.0), ("busy", 0.0)]

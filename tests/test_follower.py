@@ -18,7 +18,15 @@ from ternbus.broker.protocol.parts import parts_max
 from ternbus.broker.protocol.schema import Schema, to_tensors
 from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core.actions import Subscribe, Unsubscribe
-from ternbus.edge.core.follower import DELTAS_MAX, MESSAGES_MAX, REQUESTED_MAX, Follower, InitialModel
+from ternbus.edge.core.follower import (
+    DELTAS_MAX,
+    HEAD_S,
+    MESSAGES_MAX,
+    OCCUPIED_S,
+    REQUESTED_MAX,
+    Follower,
+    InitialModel,
+)
 from ternbus.edge.core.part_requests import PartRequests
 
 
@@ -41,6 +49,27 @@ def test_deltas_are_applied_when_a_head_names_them_in_any_order_and_before_it() 
     assert has(follower, aggregator, 0)
     follower.head_accepted(a_head(aggregator), 1.0)
     assert has(follower, aggregator, 3)
+
+
+def test_a_message_can_wait_only_where_it_changes_nothing() -> None:
+    aggregator, follower, broker = started()
+    delta, head = f"ternbus/1/{FEDERATION}/all/delta/1/0", f"ternbus/1/{FEDERATION}/all/head"
+    others = [f"ternbus/1/{FEDERATION}/{rest}" for rest in ("all/status", "all/snapshot/0/0", "down/pi/receipt")]
+
+    def waits(*, is_occupied: bool) -> list[float]:
+        return [follower.can_wait_s(topic, is_occupied=is_occupied) for topic in (delta, head, *others)]
+
+    assert waits(is_occupied=False) == [HEAD_S, 0, 0, 0, 0]
+    assert waits(is_occupied=True) == [OCCUPIED_S, OCCUPIED_S, 0, 0, 0]
+    aggregator.advance()
+    follower.head_accepted(a_head(aggregator), 1.0)  # its delta is missing
+    assert waits(is_occupied=False) == waits(is_occupied=True) == [0] * 5
+    broker.perform(follower, follower.time_reached(10.0), 10.0)
+    assert follower.requests  # by name
+    deliver(follower, aggregator.delta(1))
+    assert has(follower, aggregator, 1)
+    assert waits(is_occupied=False) == [HEAD_S, 0, 0, 0, 0]
+    assert Follower(federation=FEDERATION).can_wait_s(delta, is_occupied=True) == 0  # it has no model yet
 
 
 def test_deltas_that_come_before_the_first_head_are_kept() -> None:

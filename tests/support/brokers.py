@@ -29,6 +29,10 @@ class Inbox:
         assert isinstance(event, kind), event
         return event
 
+    @property
+    def is_empty(self) -> bool:
+        return self._events.empty()
+
     def settled(self) -> Published | Refused:
         """How the broker answered a publication."""
         event = self._events.get(timeout=WITHIN_S)

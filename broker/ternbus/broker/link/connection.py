@@ -77,6 +77,7 @@ class Connection:
         qos_1_below: str | None,
         keepalive_s: int,
         deliver: Callable[[LinkEvent], None],
+        tick: Callable[[], float],
     ) -> None:
         self.number = number
         self.alive = False
@@ -95,7 +96,7 @@ class Connection:
         self._qos_1_below = qos_1_below
         self.dropped = 0  # messages of QoS 0 on such topics
         self._keepalive_s = keepalive_s
-        self._deliver = deliver
+        self._deliver, self._tick = deliver, tick
         self._happened: list[LinkEvent] = []  # while packets are read
         self._answer: ReasonCode | None = None
         self._reason = "the connection to the broker was lost"
@@ -107,8 +108,7 @@ class Connection:
         self._window = Window(patience_s=keepalive_s / 4)
         self._filters: dict[int, list[str]] = {}  # unacknowledged subscriptions, by mid
         self._refused: deque[tuple[float, list[str]]] = deque()  # (time of the next attempt, refused subscriptions)
-        self._refusals = 0
-        self._issued = self._settled = 0  # each is written by one thread only, so no lock is needed
+        self._issued = self._settled = self._refusals = 0  # each is written by one thread only, so no lock is needed
         self._idle = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"link to {endpoint}", daemon=True)
         self._selector = DefaultSelector()
@@ -223,7 +223,7 @@ class Connection:
             while self.client.socket() is not None and not self._aborting:
                 self._ask_again(time.monotonic())
                 self._feed()
-                self._turn(self._keepalive_s / 4)
+                self._turn(min(self._keepalive_s / 4, self._tick()))
         finally:  # also after an exception, which would be a bug: otherwise the service would wait for ever
             self.alive = False
             self._release()

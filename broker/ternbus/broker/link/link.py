@@ -1,6 +1,8 @@
 """A persistent MQTT session: connect, publish, subscribe and acknowledge as calls, everything else as events."""
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -17,6 +19,8 @@ __all__ = [
 ]  # fmt: skip
 
 FILTERS_PER_PACKET: Final = 8
+HELD_MAX: Final = 8  # messages
+PASSING: Final = 32  # messages that are not held after one that was held for nothing
 PACKET_RESERVE_BYTES: Final = 1024  # of a broker's maximum packet size, for the packet's header and topic
 PACKET_BYTES_IN: Final = FRAME_BYTES_TAKEN + PACKET_RESERVE_BYTES  # unless own frames may be larger
 
@@ -66,6 +70,11 @@ class Link:
         self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None
         self._client_id = client_id
         self._deliver = deliver
+        # how long a message on a topic may wait for others, so that their receiver wakes up once for all of them
+        self.holds_s: Callable[[str], float] = lambda _: 0.0
+        self._held: list[Arrived] = []
+        self._held_until_s = 0.0
+        self._passing = 0  # messages that are not held
         self._frame_bytes = frame_bytes
         self._receive_maximum = receive_maximum
         self._qos_1_below = qos_1_below
@@ -144,7 +153,8 @@ class Link:
             qos_1_below=self._qos_1_below,
             packet_bytes_in=max(PACKET_BYTES_IN, self._frame_bytes + PACKET_RESERVE_BYTES),
             keepalive_s=self._keepalive_s,
-            deliver=self._deliver,
+            deliver=self._take,
+            tick=self._tick,
         )
         if self._username is not None:
             connection.client.username_pw_set(self._username, self._password)
@@ -152,6 +162,33 @@ class Link:
             connection.client.tls_set_context(self._tls_context)
         connection.open()
         return connection
+
+    def _take(self, event: LinkEvent) -> None:
+        """In the network thread: deliver an event, with what was held, unless it can wait itself."""
+        if isinstance(event, Arrived):
+            self._passing -= self._passing > 0
+            can_hold = not self._passing and len(self._held) < HELD_MAX
+            if can_hold and (wait_s := self.holds_s(event.topic)):
+                self._held_until_s = self._held_until_s if self._held else time.monotonic() + wait_s
+                self._held.append(event)
+                return
+        if not isinstance(event, Published):  # which nobody waits for
+            self._let_go()
+        self._deliver(event)
+
+    def _tick(self) -> float:
+        """In the network thread: deliver what was held for long enough; in how many seconds this is to be called."""
+        left_s = self._held_until_s - time.monotonic() if self._held else math.inf
+        if left_s > 0:
+            return left_s
+        self._passing = PASSING  # it was for nothing: little comes, or the broker waits for an acknowledgement
+        self._let_go()
+        return math.inf
+
+    def _let_go(self) -> None:
+        held, self._held = self._held, []
+        for each in held:
+            self._deliver(each)
 
     def subscribe(self, filters: Sequence[str]) -> None:
         """Subscribe with QoS 1; a refused subscription is logged and repeated. LinkError if not connected."""
@@ -196,6 +233,7 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(flush_s)
+            self._held = []  # they come again
             self._dropped_before += connection.dropped
 
     def abandon(self) -> None:
@@ -206,6 +244,7 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abandon()
+            self._held = []
             self._dropped_before += connection.dropped
 
     def _alive(self) -> Connection:

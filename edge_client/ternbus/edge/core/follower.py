@@ -22,6 +22,8 @@ from ternbus.broker.protocol.topics import Address
 from ternbus.edge.core.actions import Action, Log, Unsubscribe
 from ternbus.edge.core.part_requests import PartRequests
 
+HEAD_S: Final = 0.05  # for the head that comes after a delta
+OCCUPIED_S: Final = 0.25  # for the next version, or whatever else happens, while nobody needs the newest one
 GRACE_S: Final = 1.0  # for deltas to arrive through the common subscription, before parts are requested by name
 OTHER_BEGINNING: Final = (  # for example with one that was trained elsewhere
     "the federation began with another model than the task's initial one; nothing to do: the device fetches it"
@@ -71,6 +73,7 @@ class Follower:
     schema: Schema | None = None
     digest: bytes = b""
     requests: PartRequests = field(default_factory=PartRequests)
+    _delta_prefix: str = field(init=False)
     _collector: Collector = field(default_factory=lambda: Collector(MESSAGES_MAX, BYTES_MAX))
     _deltas: dict[int, tuple[Delta, bytes]] = field(default_factory=dict)  # complete ones, above version
     _delta_bytes: int = 0  # in all of them
@@ -84,10 +87,25 @@ class Follower:
     postpones: bool = False  # nobody needs the vector now: it need not be hashed until `check`
     unchecked: Delta | None = None  # that made the vector, which was not compared with its digest
 
+    def __post_init__(self) -> None:
+        self._delta_prefix = f"{topics.root(self.federation)}/all/{Delta.KIND}/"
+
     @property
     def synced(self) -> bool:
         """Whether the vector is the head's."""
         return self.head is not None and self.version == self.head.version
+
+    def can_wait_s(self, topic: str, *, is_occupied: bool) -> float:
+        """How long a message can wait that changes nothing now: a delta before its head, a version while none is used.
+
+        0 where it may change something.
+        """
+        if not self.synced or self.requests:
+            return 0.0
+        is_delta = topic.startswith(self._delta_prefix)
+        if is_occupied:
+            return OCCUPIED_S if is_delta or topic == topics.head(self.federation) else 0.0
+        return HEAD_S if is_delta else 0.0
 
     def reconnected(self, now: float) -> list[Action]:
         if self._missing_since_s is not None:

@@ -79,6 +79,7 @@ class Service:
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
         self._acknowledged: deque[link.Published] = deque()  # they wait for other events, as nothing is urgent in them
         self._link = make_link(self._deliver)
+        self._link.holds_s = self._holds_s
         worker = None if trainer is None else Worker(trainer, self._queue.put, min_seconds, held, narrowed)
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
@@ -88,6 +89,7 @@ class Service:
         self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
         self._protocol = 5
         self._stop: Stop | None = None
+        self._is_idle = False  # waits for an event
 
     def request_stop(self, reason: str) -> None:
         """Stop after the event at hand. Signal handlers may call it: a SimpleQueue's put is reentrant."""
@@ -126,6 +128,16 @@ class Service:
         else:
             self._queue.put(event)
 
+    def _holds_s(self, topic: str) -> float:
+        """Called in the network thread: how long a message may wait for others, so that the core's thread wakes less.
+
+        Only while that waits itself: what it is about to take in may change what it needs.
+        """
+        if not self._is_idle or not self._queue.empty():
+            return 0.0
+        is_occupied = self._core.training.is_occupied(self._core.state)
+        return self._core.follower.can_wait_s(topic, is_occupied=is_occupied)
+
     def _next(self) -> list[_Happened]:
         """What has happened: one event, or several messages that wait already."""
         found = [self._following or self._wait()]
@@ -140,11 +152,14 @@ class Service:
         now = time.monotonic()
         due = [self._core.due_s(), self._save_due_s, now + self._patience_s if self._tickets else None]
         times = [each for each in due if each is not None]
+        self._is_idle = True
         try:
             return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
         except Empty:
             self._patience_s = min(2 * self._patience_s, ACKNOWLEDGED_WITHIN_MAX_S)
             return events.TimeReached()
+        finally:
+            self._is_idle = False
 
     def _take(self, happened: Sequence[_Happened]) -> None:
         while self._acknowledged:
