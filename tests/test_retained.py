@@ -339,6 +339,29 @@ def test_a_newer_message_that_the_broker_takes_ends_what_it_refused_before(make:
     assert withheld(bench) == ""
 
 
+def test_a_head_that_the_broker_goes_on_to_refuse_is_not_told_as_one_that_it_lost(make: Make) -> None:
+    """It holds an older one meanwhile, and the pause before the next attempt is longer than that between two looks."""
+    bench = make(merge__buffer_size=1, downlink__slots=100)
+    bench.acknowledges, pi = False, bench.join("pi")
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    older = bench.retained[HEAD]
+    bench.send(pi, ternary_block(bench.schema, 0), 0)
+    found: list[events.Action] = []
+    end = bench.now + 20 * LOOK_S
+    while bench.now < end:
+        if HEAD in bench.core.awaited or not found:
+            found += bench.handle(events.Refused(topic=HEAD, reason="Quota exceeded"))
+        bench.now = bench.core.deadline or end
+        found += bench.handle(events.TimeReached())
+        wanted = asked(bench.last)
+        found += show(bench, *(topic for topic in wanted if topic != HEAD))
+        if HEAD in wanted:
+            bench.receive(HEAD, older)
+    assert "Quota exceeded" in withheld(bench)
+    assert [line for line in lines(found) if "acknowledged" in line] == []
+
+
 def test_a_status_that_was_refused_is_forgotten_with_its_connection(make: Make) -> None:
     """The next one begins with a new status, also at a broker that has lost everything."""
     bench = make()

@@ -239,7 +239,8 @@ class Retained:
         self._look_at = now + LOOK_S
         new = self.versions.delta_topics(self._looked_version)
         self._looked_version = self.versions.model.version
-        self._to_ask = [*new, self._head, self._status]
+        # not for what it refused: that comes again anyway, and would be told as a message that it lost
+        self._to_ask = [topic for topic in (*new, self._head, self._status) if topic not in self._lost]
         return self._ask(now)
 
     def _ask(self, now: float) -> list[Action]:
