@@ -207,9 +207,10 @@ def test_a_broker_is_not_blamed_for_a_head_that_the_aggregator_changed(make: Mak
     assert given == "the head changed before the broker showed what it holds"
 
 
-def test_what_a_broker_gets_for_the_first_time_is_no_news_for_the_operator(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [0, 2**28])  # the head asks for larger frames, or not
+def test_what_a_broker_gets_for_the_first_time_is_no_news_for_the_operator(tmp_path: Path, most: int) -> None:
     bench = Bench(make_directory(tmp_path / "first"))
-    (first,) = [action for action in bench.start() if isinstance(action, events.RepublishRetained)]
+    (first,) = [action for action in bench.start(most_bytes=most) if isinstance(action, events.RepublishRetained)]
     assert first.why == ""
     bench.close()
 

@@ -266,15 +266,15 @@ class Bench:
             self.last = [*actions, *self.perform(self.core.handle(events.Published(topic=head), self.now))]
         return self.last
 
-    def start(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
+    def start(self, frame_bytes: int = FRAME_BYTES, most_bytes: int = 0) -> list[events.Action]:
         """Start and connect to a broker that has kept what was published here before."""
         began = self.perform(self.core.start(self.now))
-        return [*began, *self.connect(frame_bytes)]
+        return [*began, *self.connect(frame_bytes, most_bytes)]
 
-    def connect(self, frame_bytes: int = FRAME_BYTES) -> list[events.Action]:
+    def connect(self, frame_bytes: int = FRAME_BYTES, most_bytes: int = 0) -> list[events.Action]:
         head = self.retained.get(topics.head(LAB))
         actions = self.dial()
-        actions = actions + self.handle(events.Connected(frame_bytes=frame_bytes))
+        actions = actions + self.handle(events.Connected(frame_bytes=frame_bytes, most_bytes=most_bytes))
         if head is not None:
             actions = actions + self.receive(topics.head(LAB), head)
         return actions

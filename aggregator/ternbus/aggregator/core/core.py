@@ -266,7 +266,7 @@ class Core:
         self._versions.confirm_by = self._now + RETAINED_S
         self._merges.connected(self._now)
         self._retained.connected(self._now)
-        actions += self._versions.fit(event)
+        actions += self._versions.fit(event, is_first=self.session == 1)
         if self.session == 1 and self._versions.confirm_by is not None:
             actions += self._versions.republish(why="")  # the broker cannot have anything of ours yet
         if self._private is not None:

@@ -27,6 +27,7 @@ from ternbus.broker.protocol.schema import Vector, vector_digest, vector_xxh3
 
 LEAPS_SINCE_S: Final = 1_767_225_600  # 2026-01-01, in Unix time
 LEAPS_MAX: Final = 2**27  # minutes, 255 years: a clock that is wrong leaves room below 2^62
+CHANGED: Final = "the head changed before the broker showed what it holds"
 
 
 def leap_of(version: int, clock_s: float) -> int:
@@ -225,10 +226,11 @@ class Versions:
             return self.snapshot()  # what was merged under the old settings must not be merged again under the new ones
         return []
 
-    def fit(self, event: Connected) -> list[Action]:
+    def fit(self, event: Connected, *, is_first: bool = False) -> list[Action]:
         """Obey a broker's packet limit, and publish a head where it or the settings changed since the last one.
 
-        Retained frames that are larger than the limit give way to a snapshot in smaller parts.
+        Retained frames that are larger than the limit give way to a snapshot in smaller parts. ``is_first``: no broker
+        has been given anything yet, which is no reason to tell the operator of it.
         """
         self.frames.connected(event)
         most = self.frames.frame_bytes
@@ -244,7 +246,7 @@ class Versions:
         if parse(frame).meta == parse(self.published.head_frame).meta:
             return [*told, *reserved]
         self.published.head_frame = frame
-        return [*told, *reserved, *self._retain([(topic, frame)])]
+        return [*told, *reserved, *self._retain([(topic, frame)], why="" if is_first else CHANGED)]
 
     def republish(self, why: str = "the broker did not deliver the stored ones") -> list[Action]:
         """Give the broker what it should have retained: the snapshot, the deltas since, the head.
@@ -370,7 +372,7 @@ class Versions:
         private.retained, self.published.terms_seq = begun.terms_digest, self.frames.seq
         return (*saved, *reserved), [*frames, *_cleared(held[len(frames) :])]
 
-    def _retain(self, frames: list[Message]) -> list[Action]:
+    def _retain(self, frames: list[Message], why: str = CHANGED) -> list[Action]:
         """Make frames durable, then have the broker retain them: all that a device needs, where it may have lost it."""
         actions: list[Action] = [Save(record=records.FramesRetained(frames=tuple(frames)))]
         in_doubt = self.confirm_by is not None
@@ -382,7 +384,7 @@ class Versions:
             if not (payload and in_doubt):
                 actions.append(Publish(topic=topic, payload=payload, retain=True))
         if in_doubt:
-            actions += self.republish("the head changed before the broker showed what it holds")
+            actions += self.republish(why)
         return actions
 
 
