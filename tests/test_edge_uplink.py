@@ -12,6 +12,7 @@ from support.core_device import (
     DEVICE,
     DEVICE_KEY,
     FRAME_BYTES,
+    Device,
     aggregator,
     connected,
     following,
@@ -24,6 +25,7 @@ from support.core_device import (
     update_in,
 )
 from support.scripted_aggregator import Message, ScriptedAggregator
+from ternbus.broker.protocol.frame import Frame
 from ternbus.broker.protocol.identity import seal
 from ternbus.broker.protocol.messages import Offer, Update
 from ternbus.broker.protocol.parts import message_digest
@@ -32,6 +34,9 @@ from ternbus.broker.protocol.ternary import Block
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Action, Publish, Save, StartTraining
 from ternbus.edge.core.state import SEQ_BLOCK
+
+LARGE = Schema.of({"w": (100_000,)})
+TELLS_NO_LIMIT = events.Connected(frame_bytes=FRAME_BYTES, most_bytes=2**28)
 
 
 def test_an_update_is_on_disk_before_it_is_sent() -> None:
@@ -231,19 +236,17 @@ def test_frames_are_as_large_as_the_head_asks_for_where_broker_and_owner_allow_i
 @pytest.mark.parametrize("restarts", [False, True])
 def test_an_update_in_larger_frames_than_the_head_asks_for_is_cut_anew_once(restarts: bool) -> None:
     """A broker that does not tell its limit may have dropped them, and the operator has gone back from them."""
-    schema = Schema.of({"w": (100_000,)})
-    scripted, device = aggregator(direct_parts=8, schema=schema), connected(tensors={"w": (100_000,)})
-    tells_no_limit = events.Connected(frame_bytes=FRAME_BYTES, most_bytes=2**28)
+    scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
     device.handle(events.Disconnected(reason="gone"))
     device.wait(1)
-    device.handle(tells_no_limit)
+    device.handle(TELLS_NO_LIMIT)
     device.arrive(scripted.status(), scripted.head(frame_bytes=2**20), *scripted.snapshot())
-    big = np.random.default_rng(1).normal(size=schema.elements).astype(np.float32)
-    update = replace(trained(only(device.actions, StartTraining)), content=Block.of_float32(schema, big))
+    big = np.random.default_rng(1).normal(size=LARGE.elements).astype(np.float32)
+    update = replace(trained(only(device.actions, StartTraining)), content=Block.of_float32(LARGE, big))
     (frame,) = published(device.handle(update), "update")
     if restarts:
         device = device.restarted()
-        device.handle(tells_no_limit)
+        device.handle(TELLS_NO_LIMIT)
         device.arrive(scripted.status(session=2))
     parts = published(device.arrive(scripted.head(frame_bytes=300_000)), "update")
     assert [part.parts for part in parts] == [4] * 4
@@ -254,6 +257,66 @@ def test_an_update_in_larger_frames_than_the_head_asks_for_is_cut_anew_once(rest
     assert device.disk is not None
     assert device.disk.outstanding is not None
     assert device.disk.outstanding.seq == parts[0].seq  # each number is a write of the whole update
+
+
+def large_sent(scripted: ScriptedAggregator, device: Device) -> Frame:
+    """The update of a device that the head, and a broker that tells no limit, let send larger frames."""
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(60.0)
+    device.handle(TELLS_NO_LIMIT)
+    device.arrive(scripted.status(), scripted.head(frame_bytes=2**18), *scripted.snapshot())
+    big = np.random.default_rng(1).normal(size=LARGE.elements).astype(np.float32)
+    job = only(device.actions, StartTraining)
+    return published(device.handle(replace(trained(job), content=Block.of_float32(LARGE, big))), "update")[0]
+
+
+def large_lost(scripted: ScriptedAggregator, device: Device) -> list[Frame]:
+    """What is sent on the connection after one that was lost."""
+    device.handle(events.Disconnected(reason="gone"))
+    device.wait(60.0)
+    device.handle(TELLS_NO_LIMIT)
+    return published(device.arrive(scripted.status(session=2), scripted.head(frame_bytes=2**18)), "update")
+
+
+def test_a_broker_that_ends_each_connection_at_a_larger_frame_gets_smaller_ones() -> None:
+    """As mosquitto does above its message_size_limit, of which it does not tell."""
+    scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
+    first = large_sent(scripted, device)
+    again = large_lost(scripted, device)  # it may have been the line
+    assert [(part.seq, part.parts) for part in again] == [(first.seq, 2)] * 2
+    parts = large_lost(scripted, device)
+    assert [part.parts for part in parts] == [4] * 4
+    assert logged(device.actions).count("smaller-frames") == 1
+    receipt = scripted.receipt(DEVICE, DEVICE_KEY.key_id, parts[0].seq, "accepted")
+    device.arrive(receipt)
+    assert device.core.uplink.frame_bytes == FRAME_BYTES
+    assert large_lost(scripted, device) == []
+    assert device.core.uplink.frame_bytes == FRAME_BYTES
+
+
+def test_an_update_in_larger_frames_that_is_answered_shows_that_they_get_through() -> None:
+    scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
+    first = large_sent(scripted, device)
+    large_lost(scripted, device)
+    device.arrive(scripted.receipt(DEVICE, DEVICE_KEY.key_id, first.seq, "accepted"))
+    scripted.advance()
+    device.arrive(*scripted.delta(1), scripted.head(frame_bytes=2**18))
+    job = of(device.actions, StartTraining)[-1]
+    big = np.random.default_rng(1).normal(size=LARGE.elements).astype(np.float32)
+    done = device.handle(replace(trained(job), content=Block.of_float32(LARGE, big)))
+    assert [part.parts for part in published(done, "update")] == [2, 2]
+    assert [part.parts for part in large_lost(scripted, device)] == [2, 2]
+
+
+def test_a_broker_that_refuses_a_frame_as_too_large_gets_smaller_ones() -> None:
+    scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
+    first = large_sent(scripted, device)
+    assert published(device.handle(events.Refused(seq=first.seq, reason="Quota exceeded")), "update") == []
+    parts = published(device.handle(events.Refused(seq=first.seq, reason="Packet too large")), "update")
+    assert [part.parts for part in parts] == [4] * 4
+    assert parts[0].seq > first.seq
+    assert published(device.handle(events.Refused(seq=first.seq, reason="Packet too large")), "update") == []
+    assert published(device.handle(events.Refused(seq=parts[0].seq, reason="Packet too large")), "update") == []
 
 
 def test_an_update_that_no_longer_fits_is_cut_and_signed_anew_under_a_new_number() -> None:

@@ -73,7 +73,8 @@ class Window:
             return ""
         return (
             f" while a message of {largest} bytes was sent: if that goes on, the broker or the line takes none so "
-            "large, and limits.frame_bytes, or the device's frame_bytes, is to be lowered"
+            "large; a device then goes back to smaller ones, unless its owner set its frame_bytes, which is to be "
+            "lowered, as is limits.frame_bytes of an aggregator"
         )
 
     def sent(self, mid: int, *, ticket: int, size_bytes: int, now: float) -> None:

@@ -143,8 +143,8 @@ class Core:
                 return []
             case events.Refused():
                 self._acknowledged(event.seq, now)
-                text = f"the broker refused a message: {event.reason}"
-                return [*self._sampler.log("refused", event.reason, text, {"seq": event.seq})]
+                told = f"the broker refused a message: {event.reason}", {"seq": event.seq}
+                return [*self._sampler.log("refused", event.reason, *told), *self.uplink.refused(event, now)]
             case events.TrainingFinished():
                 return self._training_finished(event, now)
             case events.TrainingFailed():
@@ -205,11 +205,11 @@ class Core:
         self._resubscribe.connected(now)
         self.enrollment.resend.restart(now)
         self.measuring.reconnected(now)
-        self.uplink.connected(event, now)
         log = Log(event="connected", text="connected to the broker", fields={"session": self.state.session})
+        told = [log, *self.uplink.connected(event, now)]
         filters = subscriptions(self.profile.federation, self.profile.device, private=self.profile.is_private)
         asked = [*self.follower.reconnected(now), *self.terms.reconnected(now)]
-        return [log, Subscribe(filters=filters), *self._status(), *asked, *self.evaluation.unacknowledged.values()]
+        return [*told, Subscribe(filters=filters), *self._status(), *asked, *self.evaluation.unacknowledged.values()]
 
     def _subscribe_again(self, now: float) -> list[Action]:
         """Subscribe again to status and head, if they did not arrive."""

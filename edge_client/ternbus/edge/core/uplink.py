@@ -15,7 +15,7 @@ from ternbus.broker.protocol.model_messages import Head
 from ternbus.broker.protocol.parts import message_digest
 from ternbus.broker.protocol.schema import Schema
 from ternbus.edge.core.actions import Action, Log, Publish, StartTraining
-from ternbus.edge.core.events import Connected, TrainingFinished
+from ternbus.edge.core.events import Connected, Refused, TrainingFinished
 from ternbus.edge.core.masking import masked, prepare_private
 from ternbus.edge.core.pending_state import PendingState
 from ternbus.edge.core.profile import Profile
@@ -29,6 +29,8 @@ from ternbus.edge.plan.privacy import privacy_metrics
 FIRST_RESEND_S: Final = 60.0
 Frames = tuple[OutstandingUpdate | None, KeyId, list[Publish]]
 NO_FRAMES: Final[Frames] = (None, KeyId(bytes(8)), [])
+LOST_MAX: Final = 2  # connections in a row, each with larger frames than usual under way, until none are sent
+TOO_LARGE: Final = "Packet too large"
 IN_TRANSIT: Final = 64  # frames that wait for the broker, or twice those of the update: then nothing is sent again
 
 
@@ -41,7 +43,8 @@ class Uplink:
     frame_bytes: int = FRAME_BYTES  # of frames at most
     resend: Resend = field(init=False)
     _grant_seq: int = 0
-    _connected: Connected = field(default_factory=lambda: Connected(frame_bytes=FRAME_BYTES))
+    _connected: Connected = field(default_factory=lambda: Connected(frame_bytes=FRAME_BYTES, most_bytes=FRAME_BYTES))
+    _lost: int = 0  # connections in a row, see LOST_MAX
     _asked_bytes: int = 0  # by the head, for ``frame_bytes``
     _waits: int = 0  # the number of an update that was answered `busy`
     _frames: Frames = NO_FRAMES  # those made last, and by which key
@@ -65,13 +68,44 @@ class Uplink:
         if update is not None:
             self._replace_outstanding(self._renumbered(update))
 
-    def connected(self, event: Connected, now: float) -> None:
-        """Send again on the new connection, in smaller parts where the broker does not take those that there are."""
-        self._connected = event
+    def connected(self, event: Connected, now: float) -> list[Log]:
+        """Send again on the new connection, in smaller parts where the broker does not take those that there are.
+
+        Not every broker says what it takes: mosquitto ends a connection at a message above its message_size_limit.
+        """
+        update = self.pending.state.outstanding
+        if self._lost < LOST_MAX and update is not None and self._in_transit[update.seq]:
+            self._lost += self._has_part_above(event.frame_bytes, update)
         self._in_transit.clear()
+        self._connected = event
+        return self._use_limits(now)
+
+    def refused(self, event: Refused, now: float) -> list[Log]:
+        """The broker refused a message: where that was too large a frame, send no larger ones than usual."""
+        update, usual = self.pending.state.outstanding, self._connected.frame_bytes
+        is_ours = update is not None and event.seq == update.seq and self._has_part_above(usual, update)
+        if event.reason != TOO_LARGE or not is_ours:
+            return []
+        self._lost = LOST_MAX
+        return self._use_limits(now)
+
+    def _use_limits(self, now: float) -> list[Log]:
+        """Cut the outstanding update anew where it does not fit, and send it."""
+        usual, most = self._connected.frame_bytes, self._connected.most_bytes
+        goes_back = self._lost == LOST_MAX and most != usual
+        if goes_back:
+            most = usual
+        self._connected = replace(self._connected, most_bytes=most or usual)
         self._set_frame_bytes()
-        self._cut_anew(event.most_bytes or event.frame_bytes)
+        is_cut = self._cut_anew(self._connected.most_bytes)
         self.restart(now)
+        if not (goes_back and is_cut):
+            return []
+        text = f"the broker, or the line to it, takes no larger frames: from here on they have at most {usual} bytes"
+        return [Log(event="smaller-frames", text=text, fields={"frame_bytes": usual})]
+
+    def _has_part_above(self, frame_bytes: int, update: OutstandingUpdate) -> bool:
+        return any(len(part.payload) > frame_bytes for part in self._frames_of(update))
 
     def head_accepted(self, head: Head, now: float) -> list[Log]:
         """Make frames as large as the head asks for; give up an update that is too late for it, as `withdraw` says.
@@ -91,7 +125,7 @@ class Uplink:
         Its parts are as large as they are unasked, so no sequence of heads makes a device do so for each of them.
         """
         update = self.pending.state.outstanding
-        if update is None or all(len(part.payload) <= most_bytes for part in self._frames_of(update)):
+        if update is None or not self._has_part_above(most_bytes, update):
             return False
         # The update may have been accepted under the old number, with a receipt that was lost.
         before = self._answered_update(update, RENUMBERED, self.pending.state.head_version)
@@ -100,7 +134,7 @@ class Uplink:
 
     def _set_frame_bytes(self) -> None:
         usual = self._connected.frame_bytes
-        self.frame_bytes = min(max(usual, self._asked_bytes), self._connected.most_bytes or usual)
+        self.frame_bytes = min(max(usual, self._asked_bytes), self._connected.most_bytes)
 
     def restart(self, now: float) -> None:
         """Send at once, on a new connection or to an aggregator that came online."""
@@ -260,6 +294,7 @@ class Uplink:
                 )
             ]
         self._in_transit.pop(update.seq, None)  # a last answer: it has arrived
+        self._lost = self._lost if self._lost == LOST_MAX else 0
         answered = self._answered_update(update, receipt.outcome, receipt.version)
         self._frames = NO_FRAMES
         state = self.pending.state
