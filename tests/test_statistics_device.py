@@ -8,13 +8,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.core_device import DEVICE, DEVICE_KEY, Device, aggregator, following, logged, of, only, published, trained
+from support.core_device import (
+    DEVICE,
+    DEVICE_KEY,
+    FRAME_BYTES,
+    Device,
+    aggregator,
+    following,
+    logged,
+    of,
+    only,
+    published,
+    trained,
+)
 from support.scripted_aggregator import ScriptedAggregator
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.statistics import Measured, StatisticsRequest
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import Save, StartStatistics, StartTraining
-from ternbus.edge.core.measuring import ASKED_MAX, SETTLE_S
+from ternbus.edge.core.measuring import ASKED_MAX, ENVELOPE_BYTES, SETTLE_S
 from ternbus.edge.core.state import Asked, State, Statistics
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.plan.plan import Plan
@@ -52,6 +64,15 @@ def answered() -> tuple[ScriptedAggregator, Device, int]:
     scripted, device = asked()
     job = only(device.wait(SETTLE_S), StartStatistics)
     return scripted, device, published(device.handle(done(job)), "statistics")[0].seq
+
+
+def test_an_answer_is_no_larger_than_a_usual_frame() -> None:
+    """It is one frame, which cannot be cut anew where larger ones do not get through."""
+    scripted, device = asked()
+    device.handle(events.Connected(frame_bytes=FRAME_BYTES, most_bytes=2**28))
+    device.arrive(scripted.status(session=2), scripted.head(frame_bytes=2**18))
+    assert device.core.uplink.frame_bytes == 2**18
+    assert only(device.wait(SETTLE_S), StartStatistics).content_bytes == FRAME_BYTES - ENVELOPE_BYTES
 
 
 def test_an_answer_is_on_disk_with_its_cost_before_it_is_sent_sealed_and_forgotten_with_its_receipt() -> None:

@@ -70,8 +70,8 @@ class Link:
         self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None
         self._client_id = client_id
         self._deliver = deliver
-        # how long a message on a topic may wait for others, so that their receiver wakes up once for all of them
         self.holds_s: Callable[[str], float] = lambda _: 0.0
+        """How long a message on a topic may wait for others, to be delivered together with them."""
         self._held: list[Arrived] = []
         self._held_until_s = 0.0
         self._passing = 0  # messages that are not held

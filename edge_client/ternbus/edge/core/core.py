@@ -182,7 +182,7 @@ class Core:
         actions += [*self.terms.check(self.training.plan, self.follower.schema), *self._note_refusal()]
         actions += self.evaluation.begin(self.follower, self.training, now)
         if not self._leaving:
-            actions += self.measuring.begin(self.training, self.uplink.frame_bytes if self._online else 0, now)
+            actions += self.measuring.begin(self.training, self.uplink.usual_bytes if self._online else 0, now)
             actions += [] if self.measuring.running else self._begin_training(now)
         actions += self._send(now)
         return [*actions, *self._foreign_numbers.tell(), *self._check_wait(now)]

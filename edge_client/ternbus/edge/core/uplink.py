@@ -89,6 +89,11 @@ class Uplink:
         self._lost = LOST_MAX
         return self._use_limits(now)
 
+    @property
+    def usual_bytes(self) -> int:
+        """The largest frame without regard to the head: for what cannot be cut anew."""
+        return self._connected.frame_bytes
+
     def _use_limits(self, now: float) -> list[Log]:
         """Cut the outstanding update anew where it does not fit, and send it."""
         usual, most = self._connected.frame_bytes, self._connected.most_bytes
