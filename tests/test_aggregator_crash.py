@@ -230,10 +230,10 @@ class Federation(RuleBasedStateMachine):
             case events.Subscribe():
                 parts = [topic for topic in action.filters if "/snapshot/" in topic or "/delta/" in topic]
                 pages = {each for each in action.filters if "/all/revocations/" in each}
-                own = {f"{topics.root(LAB)}/up/#", HEAD, STATUS}
-                assert set(action.filters) - pages - set(parts) in (own, set())
+                rest, up = set(action.filters) - pages - set(parts), f"{topics.root(LAB)}/up/#"
+                assert rest == {up, HEAD, STATUS} or rest <= {HEAD, STATUS}, "at a connection all; later what is asked"
                 held = self.bench.retained
-                self.echo += [(each, held[each]) for each in parts or (HEAD, STATUS, *sorted(pages)) if each in held]
+                self.echo += [(each, held[each]) for each in (*parts, *sorted((rest - {up}) | pages)) if each in held]
             case _:
                 pass
 
