@@ -362,6 +362,20 @@ def test_a_head_that_the_broker_goes_on_to_refuse_is_not_told_as_one_that_it_los
     assert [line for line in lines(found) if "acknowledged" in line] == []
 
 
+def test_what_the_broker_refuses_beside_is_told_once_and_a_look_does_not_take_it_back(make: Make) -> None:
+    """As a view that its access list forbids: the look asks for other messages."""
+    bench = make()
+    acknowledge(bench, *parts_of(bench))
+    show(bench, *parts_of(bench))
+    topic = topics.down(LAB, "pi", "receipt")
+    told: list[str] = []
+    for _ in range(5):
+        told += lines(bench.handle(events.Refused(topic=topic, reason="Not authorized")))
+        told += lines(wait(bench, 2 * LOOK_S))
+    assert len(told) == 1
+    assert f"the broker refused {topic}: Not authorized" in told[0]
+
+
 def test_a_status_that_was_refused_is_forgotten_with_its_connection(make: Make) -> None:
     """The next one begins with a new status, also at a broker that has lost everything."""
     bench = make()

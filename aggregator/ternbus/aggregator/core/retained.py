@@ -58,6 +58,7 @@ class Retained:
     _retry_at: float | None = None
     _attempts: int = 0
     _told: set[tuple[str, str]] = field(default_factory=set)  # kinds and reasons that the operator knows of
+    _told_others: set[tuple[str, str]] = field(default_factory=set)  # of messages that nobody asks for here
     status_frame: bytes = b""  # the newest that says online
     _look_at: float | None = None  # when head, status and new deltas are asked for; None: there is no connection
     _looked_head: bytes = b""  # the head that the time counts from
@@ -125,9 +126,11 @@ class Retained:
         """The broker refused a message. What it should retain is published again later."""
         if self.shown.owns(topic):
             self.shown.refused(topic)
-            return self._tell("view", reason, f"the broker refused {topic}: {reason}", now)
-        actions = self._tell(topics.parse(topic).kind, reason, f"the broker refused {topic}: {reason}", now)
-        if topic in self._current():
+            return self._tell("view", reason, f"the broker refused {topic}: {reason}", now, told=self._told_others)
+        is_kept, kind = topic in self._current(), topics.parse(topic).kind
+        told = self._told if is_kept else self._told_others
+        actions = self._tell(kind, reason, f"the broker refused {topic}: {reason}", now, told=told)
+        if is_kept:
             self._lose(topic, reason, now)
         if topic in self.awaited:
             self._to_ask = [part for part in self._to_ask if part != topic]
@@ -168,6 +171,7 @@ class Retained:
     def connected(self, now: float) -> None:
         """From here on the broker is asked now and then what it holds."""
         self._look_at = now + LOOK_S
+        self._told_others.clear()
         self.shown.connected(now)
 
     def disconnected(self, now: float, *, is_contested: bool) -> list[Action]:
@@ -331,13 +335,16 @@ class Retained:
         self._told.clear()
         return [Log(text="the broker holds all retained messages again")]
 
-    def _tell(self, kind: str, reason: str, text: str, now: float, count: int = 1) -> list[Action]:
+    def _tell(
+        self, kind: str, reason: str, text: str, now: float, count: int = 1, *, told: set[tuple[str, str]] | None = None
+    ) -> list[Action]:
         """Count a lost message, and name it to the operator once for its kind and the reason."""
         name = "broker-dropped" if reason in {DROPPED, UNACKNOWLEDGED} else "broker-refused"
-        if (kind, reason) in self._told:
+        told = self._told if told is None else told
+        if (kind, reason) in told:
             self.refusals.counters.refuse(name, now, count)
             return []
-        self._told.add((kind, reason))
+        told.add((kind, reason))
         return self.refusals.refuse(name, f"{text}; {self._advice(reason)}; it is published again", now, count)
 
     def _advice(self, reason: str) -> str:
