@@ -294,6 +294,21 @@ def test_a_broker_that_ends_each_connection_at_a_larger_frame_gets_smaller_ones(
     assert device.core.uplink.frame_bytes == FRAME_BYTES
 
 
+def test_larger_frames_that_a_broker_acknowledges_and_drops_are_cut_smaller_after_two_attempts() -> None:
+    scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
+    first = large_sent(scripted, device)
+    seen = [first.seq]
+    while len(seen) < 3:
+        for _ in range(2):
+            device.handle(events.Published(seq=seen[-1]))  # each part
+        done = device.wait(400.0)
+        sent = published(done, "update")
+        seen.append(sent[0].seq)
+        assert [part.parts for part in sent] == ([2] * 2 if len(seen) == 2 else [4] * 4)
+    assert seen[1] == first.seq < seen[2]
+    assert logged(device.actions).count("smaller-frames") == 1
+
+
 def test_an_update_in_larger_frames_that_is_answered_shows_that_they_get_through() -> None:
     scripted, device = aggregator(direct_parts=8, schema=LARGE), connected(tensors={"w": (100_000,)})
     first = large_sent(scripted, device)

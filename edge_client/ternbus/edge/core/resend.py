@@ -53,6 +53,11 @@ class Resend:
         """Wait for the receipt of the granted parts; at the deadline the message is offered again."""
         self._due_s = now + min(max(deadline_s, BUSY_MIN_S), LONGEST_S)
 
+    @property
+    def in_vain(self) -> int:
+        """How often it was sent and taken by the broker, and not answered."""
+        return 0 if self._unacknowledged else self._attempts
+
     def due_s(self) -> float:
         if self._due_s is not None:
             return max(self._due_s, self._not_before_s)

@@ -29,7 +29,8 @@ from ternbus.edge.plan.privacy import privacy_metrics
 FIRST_RESEND_S: Final = 60.0
 Frames = tuple[OutstandingUpdate | None, KeyId, list[Publish]]
 NO_FRAMES: Final[Frames] = (None, KeyId(bytes(8)), [])
-LOST_MAX: Final = 2  # connections in a row, each with larger frames than usual under way, until none are sent
+# connections in a row with larger frames than usual under way, or attempts without an answer, until none are sent
+LOST_MAX: Final = 2
 TOO_LARGE: Final = "Packet too large"
 IN_TRANSIT: Final = 64  # frames that wait for the broker, or twice those of the update: then nothing is sent again
 
@@ -220,10 +221,15 @@ class Uplink:
 
         An update of several parts that waits for its turn is offered, too: to ask again costs no copy of it.
         """
+        told: list[Log] = []
+        if self._lost < LOST_MAX <= self.resend.in_vain and self._has_part_above(self.usual_bytes, update):
+            self._lost = LOST_MAX  # a broker may acknowledge what it drops
+            told = self._use_limits(now)
+            update = self.pending.state.outstanding or update
         parts = self._frames_of(update)
         if self._is_congested(len(parts)):
             self.resend.sent(len(parts), now)  # the next attempt is by the backoff
-            return []
+            return [*told]
         offered = len(parts) > (1 if self._waits == update.seq else direct_parts)
         if offered:
             parts = [self.profile.message(Offer.KIND, update.seq, Offer(base=update.base, parts=len(parts)).meta())]
@@ -235,7 +241,7 @@ class Uplink:
         fields = {"seq": update.seq, "base": update.base, "parts": len(parts), "bytes": size, "offered": offered}
         verb = "offered" if offered else "sent"
         log = Log(event=verb, text=f"{verb} the update on version {update.base} ({size} bytes)", fields=fields)
-        return [*parts, log]
+        return [*told, *parts, log]
 
     def grant_arrived(self, frame: Frame, now: float, *, may_send: bool) -> list[Publish]:
         """The parts that a grant requests; none for a grant that was handled already, or an older one.
