@@ -36,7 +36,6 @@ class ScriptedCore:
 
     def __init__(self, script: Sequence[Sequence[Action]], stops_after: int = 1000) -> None:
         self.state, self.stopped = state(0), False
-        self.profile = SimpleNamespace(federation="demo", device="pi")
         self.rounds: list[list[events.Event]] = []
         self._script, self._stops_after = list(script), stops_after
         self._taken: list[events.Event] = []
@@ -261,7 +260,7 @@ def test_messages_are_held_only_while_the_service_waits_for_an_event(monkeypatch
         holds_s: Callable[[str], float]
 
     class Asking(ScriptedCore):
-        follower = SimpleNamespace(can_wait_s=lambda _, is_occupied, answered_base: 3.0 if is_occupied else 0.0)
+        follower = SimpleNamespace(can_wait_s=lambda _, is_occupied: 3.0 if is_occupied else 0.0)
         training = SimpleNamespace(is_occupied=lambda _: True)
 
         def take(self, event: events.Event, now: float) -> None:

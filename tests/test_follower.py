@@ -61,18 +61,14 @@ def test_a_message_can_wait_only_where_it_changes_nothing() -> None:
 
     assert waits(is_occupied=False) == [HEAD_S, 0, 0, 0, 0]
     assert waits(is_occupied=True) == [OCCUPIED_S, OCCUPIED_S, 0, 0, 0]
-    receipt = others[-1]
-    assert follower.can_wait_s(receipt, is_occupied=True, answered_base=0) == OCCUPIED_S
     aggregator.advance()
     follower.head_accepted(a_head(aggregator), 1.0)  # its delta is missing
-    assert follower.can_wait_s(receipt, is_occupied=True, answered_base=0) == 0
     assert waits(is_occupied=False) == waits(is_occupied=True) == [0] * 5
     broker.perform(follower, follower.time_reached(10.0), 10.0)
     assert follower.requests  # by name
     deliver(follower, aggregator.delta(1))
     assert has(follower, aggregator, 1)
     assert waits(is_occupied=False) == [HEAD_S, 0, 0, 0, 0]
-    assert follower.can_wait_s(receipt, is_occupied=True, answered_base=0) == 0  # there is a newer one to train on
     assert Follower(federation=FEDERATION).can_wait_s(delta, is_occupied=True) == 0  # it has no model yet
 
 

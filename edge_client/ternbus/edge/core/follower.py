@@ -95,15 +95,13 @@ class Follower:
         """Whether the vector is the head's."""
         return self.head is not None and self.version == self.head.version
 
-    def can_wait_s(self, topic: str, *, is_occupied: bool, answered_base: int | None = None) -> float:
+    def can_wait_s(self, topic: str, *, is_occupied: bool) -> float:
         """How long a message can wait that changes nothing now: a delta before its head, a version while none is used.
 
-        So is an answer to an update on the newest version, ``answered_base``: there is nothing yet to train on. Else 0.
+        0 where it may change something.
         """
         if not self.synced or self.requests:
             return 0.0
-        if answered_base is not None:
-            return OCCUPIED_S if answered_base == self.version else 0.0
         is_delta = topic.startswith(self._delta_prefix)
         if is_occupied:
             return OCCUPIED_S if is_delta or topic == topics.head(self.federation) else 0.0

@@ -13,7 +13,6 @@ from ternbus.broker.link import link
 from ternbus.broker.link.link import Link, packet_bytes
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.protocol import frame, topics
-from ternbus.broker.protocol.messages import Receipt
 from ternbus.edge.core import events
 from ternbus.edge.core.actions import (
     Action,
@@ -81,7 +80,6 @@ class Service:
         self._acknowledged: deque[link.Published] = deque()  # they wait for other events, as nothing is urgent in them
         self._link = make_link(self._deliver)
         self._link.holds_s = self._holds_s
-        self._receipts = topics.down(core.profile.federation, core.profile.device, Receipt.KIND)
         worker = None if trainer is None else Worker(trainer, self._queue.put, min_seconds, held, narrowed)
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
@@ -137,10 +135,8 @@ class Service:
         """
         if not self._is_idle or not self._queue.empty():
             return 0.0
-        core, update = self._core, self._core.state.outstanding
-        answered = update.base if update is not None and topic == self._receipts else None
-        is_occupied = core.training.is_occupied(core.state)
-        return core.follower.can_wait_s(topic, is_occupied=is_occupied, answered_base=answered)
+        is_occupied = self._core.training.is_occupied(self._core.state)
+        return self._core.follower.can_wait_s(topic, is_occupied=is_occupied)
 
     def _next(self) -> list[_Happened]:
         """What has happened: one event, or several messages that wait already."""
