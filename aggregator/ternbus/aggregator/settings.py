@@ -141,7 +141,7 @@ class LimitSettings:
     frames_per_s: int = key(500, "frames accepted from one device per second; more are dropped and counted", low=500)
     broker_queue_messages: int = key(4000, "length of the broker's queue for the aggregator, in messages", low=100)
     frame_bytes: int = key(
-        FRAME_BYTES, "largest MQTT payload sent, in bytes; above 262144 for devices, too",
+        FRAME_BYTES, "largest MQTT payload sent, in bytes; devices may send as large ones",
         low=FRAME_BYTES_RANGE[0], high=FRAME_BYTES_RANGE[1],
     )  # fmt: skip
     assembly_bytes: int = key(
