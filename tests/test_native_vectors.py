@@ -17,8 +17,11 @@ from ternbus.aggregator.merge.exact import ExactSum
 from ternbus.broker.protocol import compiled, ternary
 from ternbus.broker.protocol.schema import Schema, Tensor, Vector, to_tensors
 from ternbus.broker.protocol.ternary import Block
-from ternbus.edge.learn import local_change, terngrad
+from ternbus.edge.learn import terngrad
+from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.local_change import LocalChange
 from ternbus.edge.learn.task import TrainingError
+from ternbus.edge.plan.plan import Plan
 
 pytestmark = pytest.mark.skipif(compiled.vectors is None, reason="pip install ./aggregator/native")
 TINY = np.float32(2.0**-126)
@@ -94,7 +97,7 @@ def test_a_change_has_the_same_bits(size: int) -> None:
     schema = Schema.of({"a": (3,), "b": (size,)})
     start, after = random_vector(schema.elements, generator), random_vector(schema.elements, generator)
     trained, kept = to_tensors(schema, after), after.copy()
-    plain, looped = both(lambda: local_change.change(schema, start, trained))
+    plain, looped = both(lambda: LocalChange.of(schema, start, trained).vector())
     assert looped.tobytes() == plain.tobytes()
     assert after.tobytes() == kept.tobytes()  # the task's own tensors stay as they were
 
@@ -107,7 +110,7 @@ def test_a_training_that_diverged_has_no_change(wrong: float) -> None:
 
     def diverged() -> str:
         with pytest.raises(TrainingError, match="lower the plan's learning_rate") as found:
-            local_change.change(schema, np.zeros_like(after), to_tensors(schema, after))
+            LocalChange.of(schema, np.zeros_like(after), to_tensors(schema, after)).vector()
         return str(found.value)
 
     plain, looped = both(diverged)
@@ -172,22 +175,54 @@ def test_loops_of_an_earlier_version_are_left_alone(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 2.5])
 @pytest.mark.parametrize("size", [size for size in LENGTHS if size])
-def test_draws_are_the_same_and_so_are_those_that_follow(size: int, clip: float) -> None:
-    values = np.random.default_rng(size).normal(0, 1e-3, size).astype(np.float32)
-    values[size // 2] = 3e38 if size % 2 else 0.001
+def test_terngrad_has_the_same_bits(size: int, clip: float) -> None:
+    """Of tensors that begin and end within a byte, and after one that is all zeros and one that is dense."""
+    generator = np.random.default_rng(size)
+    lengths = {"a": 3, "zeros": 7, "b": size, "c": 5000, "dense": 11}
+    schema = Schema.of({name: (1, length) for name, length in lengths.items()}, dense=["dense"])
+    start = random_vector(schema.elements, generator)
+    change = generator.normal(0, 1e-3, schema.elements).astype(np.float32)
+    change[3:10] = 0
+    trained = to_tensors(schema, start + change)
+    plan = Plan(clip_sigma=clip)
+    for each in (LocalChange.of(schema, start, trained), change):
+        plain, looped = both(partial(content, schema, plan, each, size))
+        assert looped == plain
+    assert plain == compress(schema, plan, change * 0, change, size).block.content  # what is left of another plan
 
-    def drawn() -> tuple[bytes, bytes, int]:
-        bits = np.random.SFC64(size)
-        scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=bits)
-        return scale.tobytes(), trits.tobytes(), int(bits.random_raw())
 
-    plain, looped = both(drawn)
-    assert looped == plain
+def content(schema: Schema, plan: Plan, change: Vector | LocalChange, seed: int) -> bytes:
+    return compress(schema, plan, change, None, seed).block.content
+
+
+def test_terngrad_of_what_the_loops_do_not_read_has_the_same_bits() -> None:
+    schema, generator = Schema.of({"w": (30, 20), "v": (7,)}), np.random.default_rng(0)
+    start, after = random_vector(607, generator), random_vector(607, generator).clip(-1, 1)
+    tensors = to_tensors(schema, after)
+    others: dict[str, npt.NDArray[Any]] = {"w": np.asfortranarray(tensors["w"]), "v": tensors["v"].astype(np.float64)}
+    strange: dict[str, npt.NDArray[Any]] = {"w": tensors["w"].astype(">f4"), "v": tensors["v"]}
+    usual = content(schema, Plan(), LocalChange.of(schema, start, tensors), 0)
+    assert content(schema, Plan(), LocalChange.of(schema, start, others), 0) == usual
+    assert content(schema, Plan(), LocalChange.of(schema, start, strange), 0) == usual
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, np.nextafter(np.float32(2.0**40), np.float32(np.inf))])
+@pytest.mark.parametrize("place", [1, 70_000, 70_005], ids=["first", "last", "dense"])
+def test_a_training_that_diverged_has_no_block(place: int, wrong: float) -> None:
+    schema = Schema.of({"a": (3,), "b": (70_000,), "c": (3,)}, dense=["c"])
+    after = np.ones(schema.elements, np.float32)
+    after[place] = wrong
+
+    def diverged() -> None:
+        with pytest.raises(TrainingError, match=r"beyond 2\^40\): lower the plan's learning_rate"):
+            compress(schema, Plan(), LocalChange.of(schema, np.zeros_like(after), to_tensors(schema, after)), None, 0)
+
+    both(diverged)
 
 
 FLOATS, BYTES, TRITS = np.zeros(12, np.float32), np.zeros(3, np.uint8), np.zeros(12, np.int8)
 ROWS = np.zeros((3, 8), np.float32)
-STATE = np.arange(4, dtype=np.uint64)
+STATES = np.arange(16, dtype=np.uint64).reshape(4, 4)
 READ_ONLY = np.zeros(12, np.float32)
 READ_ONLY.flags.writeable = False
 
@@ -211,7 +246,12 @@ READ_ONLY.flags.writeable = False
         ("change", FLOATS, FLOATS.copy(), FLOATS),
         ("change", READ_ONLY, FLOATS, FLOATS),
         ("change", BYTES.copy(), BYTES, BYTES),
-        ("spread", BYTES, 0.5),
+        ("moments", BYTES, None),
+        ("moments", FLOATS[:0], None),
+        ("moments", FLOATS, FLOATS[:11]),
+        ("moments", FLOATS, FLOATS.astype(np.float64)),
+        ("moments", FLOATS, np.zeros(24, np.float32)[::2]),
+        ("moments", FLOATS, 0.5),
         ("mean", FLOATS[:0]),
         ("mean", BYTES),
         ("keep", TRITS, FLOATS[:11], 0.5),
@@ -223,12 +263,17 @@ READ_ONLY.flags.writeable = False
         ("add_rows", FLOATS.copy(), FLOATS, 0),
         ("add_rows", ROWS[0], ROWS, 0),
         ("add_rows", READ_ONLY, ROWS, 0),
-        ("spread", np.zeros(24, np.float32)[::2], 0.5),
-        ("draw", TRITS, FLOATS[:11], STATE, 0.5),
-        ("draw", TRITS[:11], FLOATS, STATE, 0.5),
-        ("draw", TRITS, FLOATS, STATE[:3], 0.5),
-        ("draw", TRITS, FLOATS, STATE, 0.0),
-        ("draw", TRITS, FLOATS, STATE, float("nan")),
+        ("moments", np.zeros(24, np.float32)[::2], None),
+        ("draw_packed", BYTES.copy(), 4, FLOATS, None, STATES, 0.5),
+        ("draw_packed", BYTES.copy(), -1, FLOATS, None, STATES, 0.5),
+        ("draw_packed", BYTES.copy(), 2**62, FLOATS, None, STATES, 0.5),
+        ("draw_packed", BYTES.copy(), 0, FLOATS, FLOATS[:11], STATES, 0.5),
+        ("draw_packed", BYTES.copy(), 0, FLOATS, 0.5, STATES, 0.5),
+        ("draw_packed", BYTES.copy(), 0, BYTES, None, STATES, 0.5),
+        ("draw_packed", BYTES.copy(), 0, FLOATS, None, STATES[:3], 0.5),
+        ("draw_packed", BYTES.copy(), 0, FLOATS, None, STATES, 0.0),
+        ("draw_packed", BYTES.copy(), 0, FLOATS, None, STATES, float("nan")),
+        ("draw_packed", bytes(3), 0, FLOATS, None, STATES, 0.5),
         ("pack", BYTES, TRITS[:10]),
         ("pack", BYTES[:2], TRITS),
     ],
@@ -244,6 +289,6 @@ def test_any_bytes_and_any_numbers_are_read_within_bounds() -> None:
     to, packed = np.full(12, np.nan, np.float32), np.array([243, 255, 250], np.uint8)
     compiled.vectors.apply(to, np.ones(12, np.float32), packed, 0, np.float32(0.5))
     assert to.tolist() == [1.0] * 12
-    trits: npt.NDArray[np.int8] = np.full(12, 9, np.int8)
-    compiled.vectors.draw(trits, np.full(12, np.nan, np.float32), STATE.copy(), np.float32(0.5))
-    assert set(trits.tolist()) <= {-1, 0, 1}
+    zeros = np.full(3, 121, np.uint8)
+    compiled.vectors.draw_packed(zeros, 0, np.full(12, np.nan, np.float32), None, STATES.copy(), np.float32(0.5))
+    assert zeros.tolist() == [121, 121, 121]

@@ -3,9 +3,9 @@
    pyproject.toml forbids the compiler to contract a multiplication and an addition.
 
    apply:  the next version of ternary elements (`Block.apply`)
-   change: what a training has changed (`local_change.change`)
-   spread: the largest magnitude and the moments of a tensor (`terngrad._moments`)
-   draw:   TernGrad's trits, with the random numbers of numpy's SFC64 (`terngrad._draw`)
+   change: what a training has changed (`LocalChange.vector`)
+   moments: the largest magnitude and the moments of a tensor's change (`terngrad._moments`)
+   draw:   TernGrad's trits of a change, packed, with the random numbers of numpy's SFC64 (`terngrad._draw`)
    mean, keep: the nearest ternary block (`ternary.nearest`)
    pack:   five trits to a byte (`ternary.pack`)
    add_rows: a sum of rows to a vector (`Levels.add_to`) */
@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024, BLOCK = 65536, LANES = 256 };
+enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024, DRAWS = 4, BLOCK = 65536, LANES = 256 };
 
 /* Each such function twice, where the loader can choose by the processor: as for every x86-64, and for those with AVX2. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -25,7 +25,9 @@ enum { TRITS = 5, ROW = 8, VALUES = 256, BYTE_MAX = 242, AT_ONCE = 1024, BLOCK =
 #endif
 
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t bits_of_four __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t bits_of_eight __attribute__((vector_size(32)));
+typedef uint64_t lanes __attribute__((vector_size(8 * DRAWS)));
 
 static const int32_t EXPONENT = 0x7F800000; /* all 0: a magnitude below 2^-126, or 0 */
 static const int32_t WEIGHT_MAX = 0x53800000; /* 2^40, the largest magnitude of an element of a model */
@@ -38,14 +40,6 @@ static inline int32_t bits_of(float value) {
 
 static inline float flushed(float value) { return bits_of(value) & EXPONENT ? value : 0.0f; }
 
-static inline four flushed_four(four value) {
-    bits_of_four bits;
-    memcpy(&bits, &value, sizeof bits);
-    bits &= (bits & EXPONENT) != 0;
-    memcpy(&value, &bits, sizeof bits);
-    return value;
-}
-
 static void make_table(float *table, float scale) {
     memset(table, 0, sizeof(float) * ROW * VALUES);
     for (int byte = 0; byte <= BYTE_MAX; byte++)
@@ -53,7 +47,8 @@ static void make_table(float *table, float scale) {
             table[ROW * byte + place] = (float)(rest % 3 - 1) * scale;
 }
 
-static void apply_trits(float *to, const float *from, Py_ssize_t count, const uint8_t *packed, Py_ssize_t first, float scale) {
+WIDE static void apply_trits(float *to, const float *from, Py_ssize_t count, const uint8_t *packed, Py_ssize_t first,
+                             float scale) {
     float table[ROW * VALUES];
     Py_ssize_t i = 0;
     make_table(table, scale);
@@ -62,9 +57,11 @@ static void apply_trits(float *to, const float *from, Py_ssize_t count, const ui
         to[i] = flushed(from[i] + table[ROW * (size_t)*packed + place]);
     packed += first % TRITS != 0;
     for (; i + ROW <= count; i += TRITS, packed++) { /* the three elements too many are written again */
-        const four *row = (const four *)(table + ROW * (size_t)*packed);
-        *(four *)(to + i) = flushed_four(*(const four *)(from + i) + row[0]);
-        *(four *)(to + i + 4) = flushed_four(*(const four *)(from + i + 4) + row[1]);
+        const eight sum = *(const eight *)(from + i) + *(const eight *)(table + ROW * (size_t)*packed);
+        bits_of_eight bits;
+        memcpy(&bits, &sum, sizeof bits);
+        bits &= (bits & EXPONENT) != 0; /* as `flushed` */
+        memcpy(to + i, &bits, sizeof bits);
     }
     for (int place = 0; i < count; i++) {
         to[i] = flushed(from[i] + table[ROW * (size_t)*packed + place]);
@@ -135,19 +132,33 @@ static PyObject *change(PyObject *self, PyObject *args) {
     return result;
 }
 
-/* Sums of a block: LANES of them in float32, then one after the other in double. */
-WIDE static void add_block(const float *values, Py_ssize_t count, float pilot, int32_t *largest, double *total, double *squares) {
-    float sums[LANES] = {0}, of_squares[LANES] = {0};
+/* Some elements of a change: those of `values`, or what they are above `start`, which is computed in `room`. Moments and
+   draws do so each, since reading two arrays again costs less than writing a third. */
+static const float *some_of(float *room, const float *values, const float *start, Py_ssize_t count, int *bounded) {
+    if (!start)
+        return values;
+    *bounded &= change_all(room, values, start, count);
+    return room;
+}
+
+/* Sums of at most BLOCK elements: LANES of them in float32, then one after the other in double. */
+WIDE static void add_block(const float *values, const float *start, Py_ssize_t count, float pilot, int32_t *largest, double *total,
+                           double *squares, int *bounded) {
+    float sums[LANES] = {0}, of_squares[LANES] = {0}, room[AT_ONCE];
     int32_t bits[LANES] = {0};
     double sum = 0, of_square = 0;
-    for (Py_ssize_t first = 0; first < count; first += LANES) {
-        const int some = count - first < LANES ? (int)(count - first) : LANES;
-        for (int i = 0; i < some; i++) {
-            const int32_t magnitude = bits_of(values[first + i]) & 0x7FFFFFFF;
-            const float off = values[first + i] - pilot;
-            bits[i] = bits[i] > magnitude ? bits[i] : magnitude;
-            sums[i] += off;
-            of_squares[i] += off * off;
+    for (Py_ssize_t done = 0; done < count; done += AT_ONCE) {
+        const Py_ssize_t size = count - done < AT_ONCE ? count - done : AT_ONCE;
+        const float *from = some_of(room, values + done, start ? start + done : NULL, size, bounded);
+        for (Py_ssize_t first = 0; first < size; first += LANES) {
+            const int some = size - first < LANES ? (int)(size - first) : LANES;
+            for (int i = 0; i < some; i++) {
+                const int32_t magnitude = bits_of(from[first + i]) & 0x7FFFFFFF;
+                const float off = from[first + i] - pilot;
+                bits[i] = bits[i] > magnitude ? bits[i] : magnitude;
+                sums[i] += off;
+                of_squares[i] += off * off;
+            }
         }
     }
     for (int i = 0; i < LANES; i++) {
@@ -159,86 +170,153 @@ WIDE static void add_block(const float *values, Py_ssize_t count, float pilot, i
     *squares += of_square;
 }
 
-static PyObject *spread(PyObject *self, PyObject *args) {
-    Py_buffer values;
-    float pilot, largest;
+/* The buffer of an array, or of none for None. */
+static int parse_start(PyObject *object, Py_buffer *start) {
+    memset(start, 0, sizeof *start);
+    return object == Py_None || PyObject_GetBuffer(object, start, PyBUF_SIMPLE) == 0;
+}
+
+static PyObject *moments(PyObject *self, PyObject *args) {
+    Py_buffer values, start;
+    PyObject *object;
+    float largest;
     int32_t bits = 0;
     double total = 0, squares = 0;
+    int bounded = 1;
     (void)self;
-    if (!PyArg_ParseTuple(args, "y*f:spread", &values, &pilot))
+    if (!PyArg_ParseTuple(args, "y*O:moments", &values, &object))
         return NULL;
+    if (!parse_start(object, &start)) {
+        PyBuffer_Release(&values);
+        return NULL;
+    }
     const Py_ssize_t count = values.len / (Py_ssize_t)sizeof(float);
-    const int fits = values.len % (Py_ssize_t)sizeof(float) == 0;
+    const int fits = count > 0 && values.len % (Py_ssize_t)sizeof(float) == 0 && (!start.buf || start.len == values.len);
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
+        const float *from = values.buf, *before = start.buf;
+        const Py_ssize_t size = count < BLOCK ? count : BLOCK;
+        add_block(from, before, size, 0.0f, &bits, &total, &squares, &bounded);
+        const float pilot = (float)(total / (double)size);
+        total = squares = 0;
         for (Py_ssize_t first = 0; first < count; first += BLOCK)
-            add_block((const float *)values.buf + first, count - first < BLOCK ? count - first : BLOCK, pilot, &bits, &total,
-                      &squares);
+            add_block(from + first, before ? before + first : NULL, count - first < BLOCK ? count - first : BLOCK, pilot, &bits,
+                      &total, &squares, &bounded);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&values);
+    PyBuffer_Release(&start);
     if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "spread(values, pilot): an array of float32 (n,), and a number");
+        PyErr_SetString(PyExc_ValueError, "moments(values, start): an array of float32 (n,), not empty, and another or None");
         return NULL;
     }
     memcpy(&largest, &bits, sizeof largest);
-    return Py_BuildValue("ddd", (double)largest, total, squares);
+    return Py_BuildValue("dddN", (double)largest, total, squares, PyBool_FromLong(bounded));
 }
 
-/* Small Fast Chaotic 64 (C. Doty-Humphrey, PractRand, 2010), as numpy has it: a, b, c and a counter. */
-static inline uint64_t next_of(uint64_t *state) {
-    const uint64_t found = state[0] + state[1] + state[3]++;
-    state[0] = state[1] ^ (state[1] >> 11);
-    state[1] = state[2] + (state[2] << 3);
-    state[2] = ((state[2] << 24) | (state[2] >> 40)) + found;
-    return found;
+/* Small Fast Chaotic 64 (C. Doty-Humphrey, PractRand, 2010), as numpy has it: a, b, c and a counter. Each generator waits
+   for its last number: four of them side by side take hardly longer than one. Each makes a quarter of the numbers. */
+WIDE static void make_random(uint64_t to[DRAWS][AT_ONCE / 2 / DRAWS], uint64_t stored[DRAWS][4]) {
+    lanes a, b, c, counter, found;
+    for (int lane = 0; lane < DRAWS; lane++)
+        a[lane] = stored[lane][0], b[lane] = stored[lane][1], c[lane] = stored[lane][2], counter[lane] = stored[lane][3];
+    for (int i = 0; i < AT_ONCE / 2 / DRAWS; i++) {
+        found = a + b + counter;
+        counter += 1;
+        a = b ^ (b >> 11);
+        b = c + (c << 3);
+        c = ((c << 24) | (c >> 40)) + found;
+        for (int lane = 0; lane < DRAWS; lane++)
+            to[lane][i] = found[lane];
+    }
+    for (int lane = 0; lane < DRAWS; lane++)
+        stored[lane][0] = a[lane], stored[lane][1] = b[lane], stored[lane][2] = c[lane], stored[lane][3] = counter[lane];
 }
 
 WIDE static void draw_some(int8_t *restrict to, const float *restrict values, const uint32_t *restrict random, int count,
-                      float scale) {
+                           float step) {
     for (int i = 0; i < count; i++) {
-        const uint32_t bits = (random[i] & 0x007FFFFE) | 0x3F800000; /* 1 + u, of 22 random bits */
-        float one_and_u, share = values[i] / scale;
-        memcpy(&one_and_u, &bits, sizeof bits);
-        share = share > -1.0f ? share : -1.0f; /* also in place of NaN */
-        share = share < 1.0f ? share : 1.0f;
-        to[i] = (int8_t)((int32_t)(share + one_and_u) - 1);
+        const int32_t bits = bits_of(values[i]), magnitude = bits & 0x7FFFFFFF;
+        float unsigned_value;
+        memcpy(&unsigned_value, &magnitude, sizeof unsigned_value);
+        to[i] = (int8_t)(-(unsigned_value > (float)(int32_t)(random[i] >> 8) * step) & (bits >> 31 | 1));
     }
 }
 
-static void draw_trits(int8_t *to, const float *values, uint64_t *stored, Py_ssize_t count, float scale) {
-    uint64_t state[4], random[AT_ONCE / 2];
-    memcpy(state, stored, sizeof state);
+/* Eight bytes with five digits of 0 to 2, times POWERS: bits 32 to 39 come to digit[0] + 3 * digit[1] + ... + 81 * digit[4].
+   No byte below is above 2 * (3 + 9 + 27 + 81), so that nothing is carried into them. */
+static const uint64_t POWERS = 1ull << 32 | 3ull << 24 | 9ull << 16 | 27ull << 8 | 81ull;
+
+static const uint8_t ZEROS = 121; /* five trits of 0 */
+
+/* Pack trits into bytes that are ZEROS where none has been packed; `first` is the place of the first trit. */
+static void pack_trits(uint8_t *to, Py_ssize_t first, const int8_t *trits, Py_ssize_t count) {
+    static const int8_t powers[TRITS] = {1, 3, 9, 27, 81};
+    Py_ssize_t done = 0;
+    int place = (int)(first % TRITS);
+    to += first / TRITS;
+    if (place) {
+        for (; place < TRITS && done < count; place++)
+            *to = (uint8_t)(*to + powers[place] * trits[done++]);
+        to += place == TRITS;
+    }
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    for (; done + (Py_ssize_t)sizeof(uint64_t) <= count; done += TRITS) {
+        uint64_t digits; /* a trit and 1 more, in two bits: without a carry to the next byte */
+        memcpy(&digits, trits + done, sizeof digits);
+        digits = ((digits & 0x0303030303) + 0x0101010101) & 0x0303030303;
+        *to++ = (uint8_t)(digits * POWERS >> 32);
+    }
+#endif
+    for (place = 0; done < count; to += ++place == TRITS, place %= TRITS)
+        *to = (uint8_t)(*to + powers[place] * trits[done++]);
+}
+
+static void draw_trits(uint8_t *to, Py_ssize_t place, const float *values, const float *start, void *stored, Py_ssize_t count,
+                       float scale) {
+    uint64_t states[DRAWS][4], random[DRAWS][AT_ONCE / 2 / DRAWS];
+    uint32_t halves[AT_ONCE];
+    int8_t trits[AT_ONCE];
+    float room[AT_ONCE];
+    int bounded = 1; /* `moments` has found whether it is */
+    memcpy(states, stored, sizeof states);
     for (Py_ssize_t first = 0; first < count; first += AT_ONCE) {
         const int some = count - first < AT_ONCE ? (int)(count - first) : AT_ONCE;
-        for (int i = 0; i < (some + 1) / 2; i++)
-            random[i] = next_of(state);
-        uint32_t halves[AT_ONCE];
+        const float *from = some_of(room, values + first, start ? start + first : NULL, some, &bounded);
+        make_random(random, states);
         memcpy(halves, random, sizeof halves);
-        draw_some(to + first, values + first, halves, some, scale);
+        draw_some(trits, from, halves, some, scale * 0x1p-24f);
+        pack_trits(to, place + first, trits, some);
     }
-    memcpy(stored, state, sizeof state);
+    memcpy(stored, states, sizeof states);
 }
 
 static PyObject *draw(PyObject *self, PyObject *args) {
-    Py_buffer to, values, state;
+    Py_buffer to, values, start, states;
+    Py_ssize_t place;
     float scale;
-    PyObject *result = NULL;
+    PyObject *object, *result = NULL;
     (void)self;
-    if (!PyArg_ParseTuple(args, "w*y*w*f:draw", &to, &values, &state, &scale))
+    if (!PyArg_ParseTuple(args, "w*ny*Ow*f:draw_packed", &to, &place, &values, &object, &states, &scale))
         return NULL;
-    if (values.len != to.len * (Py_ssize_t)sizeof(float) || state.len != 4 * (Py_ssize_t)sizeof(uint64_t) || !(scale > 0)) {
-        PyErr_SetString(PyExc_ValueError, "draw(to, values, state, scale): int8 (n,), float32 (n,), uint64 (4,), and a scale "
-                                          "above 0");
-    } else {
-        Py_BEGIN_ALLOW_THREADS
-        draw_trits(to.buf, values.buf, state.buf, to.len, scale);
-        Py_END_ALLOW_THREADS
-        result = Py_NewRef(Py_None);
+    if (parse_start(object, &start)) {
+        const Py_ssize_t count = values.len / (Py_ssize_t)sizeof(float);
+        if (values.len % (Py_ssize_t)sizeof(float) || (start.buf && start.len != values.len) || place < 0 ||
+            place > to.len * TRITS || count > to.len * TRITS - place || states.len != (Py_ssize_t)sizeof(uint64_t[DRAWS][4]) ||
+            !(scale > 0)) {
+            PyErr_SetString(PyExc_ValueError, "draw_packed(to, first, values, start, states, scale): bytes with first + n trits, "
+                                              "float32 (n,), another or None, uint64 (4, 4), and a scale above 0");
+        } else {
+            Py_BEGIN_ALLOW_THREADS
+            draw_trits(to.buf, place, values.buf, start.buf, states.buf, count, scale);
+            Py_END_ALLOW_THREADS
+            result = Py_NewRef(Py_None);
+        }
+        PyBuffer_Release(&start);
     }
     PyBuffer_Release(&to);
     PyBuffer_Release(&values);
-    PyBuffer_Release(&state);
+    PyBuffer_Release(&states);
     return result;
 }
 
@@ -369,20 +447,6 @@ static PyObject *add_rows(PyObject *self, PyObject *args) {
     return result;
 }
 
-WIDE static void pack_trits(uint8_t *restrict to, const int8_t *restrict trits, Py_ssize_t count) {
-    const Py_ssize_t whole = count / TRITS;
-    for (Py_ssize_t i = 0; i < whole; i++) {
-        const int8_t *from = trits + TRITS * i;
-        to[i] = (uint8_t)(from[0] + 3 * from[1] + 9 * from[2] + 27 * from[3] + 81 * from[4] + 121);
-    }
-    if (count % TRITS) {
-        int byte = 121;
-        for (int place = 0, power = 1; place < count % TRITS; place++, power *= 3)
-            byte += power * trits[TRITS * whole + place];
-        to[whole] = (uint8_t)byte;
-    }
-}
-
 static PyObject *pack(PyObject *self, PyObject *args) {
     Py_buffer to, trits;
     PyObject *result = NULL;
@@ -393,7 +457,8 @@ static PyObject *pack(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "pack(to, trits): uint8 (n / 5, rounded up) and int8 (n,)");
     } else {
         Py_BEGIN_ALLOW_THREADS
-        pack_trits(to.buf, trits.buf, trits.len);
+        memset(to.buf, ZEROS, (size_t)to.len);
+        pack_trits(to.buf, 0, trits.buf, trits.len);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
@@ -411,19 +476,25 @@ static PyMethodDef methods[] = {
      "change(to, trained, start): to[i] = trained[i] - start[i], tiny numbers of the first as +0.\n\n"
      "float32 (n,) three times; the first may overlap no other. Returns whether all of trained are at most 2^40 in\n"
      "magnitude. Raises ValueError for other lengths."},
-    {"spread", spread, METH_VARARGS,
-     "spread(values, pilot): the largest magnitude, the sum of values[i] - pilot, and that of their squares.\n\n"
-     "float32 (n,). The largest is NaN if there is a NaN. Sums of 65,536 are 256 in float32, and then one in double."},
-    {"draw", draw, METH_VARARGS,
-     "draw(to, values, state, scale): to[i] = floor(values[i] / scale + u[i]), u from 22 random bits each.\n\n"
-     "int8 (n,), float32 (n,), and the state of numpy's SFC64, uint64 (4,), which goes on by as many numbers as half of\n"
-     "n, rounded up. Raises ValueError for other lengths, or a scale that is not above 0."},
+    {"moments", moments, METH_VARARGS,
+     "moments(values, start): of a change c[i] = values[i] - start[i], or values[i] where start is None: the largest\n"
+     "magnitude, the sum of c[i] - p, that of their squares, and whether `change` finds all values bounded; p is the mean\n"
+     "of the first 65,536.\n\n"
+     "float32 (n,) twice. The largest is NaN if there is a NaN. Sums of 65,536 are 256 in float32, and then one in\n"
+     "double. Raises ValueError for other lengths, or an empty array."},
+    {"draw_packed", draw, METH_VARARGS,
+     "draw_packed(to, first, values, start, states, scale): pack t[i] as the trit first + i; t[i] is the sign of c[i] of\n"
+     "`moments` where its magnitude is above u[i] * scale, and else 0; u[i] of 24 random bits.\n\n"
+     "Bytes, which are 121 where nothing has been packed, float32 (n,) twice, and the states of four SFC64 of numpy,\n"
+     "uint64 (4, 4). Of each 1,024 elements the first 256 are by the first of them, two by each of its numbers, and so\n"
+     "on; each goes on by 128 numbers also where the last elements are fewer. Raises ValueError for other lengths, or a\n"
+     "scale that is not above 0."},
     {"mean", mean, METH_VARARGS,
-     "mean(values): the mean magnitude, in the order of `spread`.\n\n"
+     "mean(values): the mean magnitude, in the order of `moments`.\n\n"
      "float32 (n,). Raises ValueError for an empty array."},
     {"keep", keep, METH_VARARGS,
      "keep(to, values, threshold): the signs of what is at least the threshold in magnitude, and else 0.\n\n"
-     "int8 (n,) and float32 (n,). Returns the sum of those magnitudes, in the order of `spread`, and their number. Raises\n"
+     "int8 (n,) and float32 (n,). Returns the sum of those magnitudes, in the order of `moments`, and their number. Raises\n"
      "ValueError for other lengths."},
     {"add_rows", add_rows, METH_VARARGS,
      "add_rows(to, rows, first): to[i] += the element first + i of the rows, each of which has five, and three unused.\n\n"

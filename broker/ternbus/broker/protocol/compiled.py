@@ -11,7 +11,7 @@ except ModuleNotFoundError:  # they are optional
     ternbus_vectors = None
 
 FLOAT32: Final = np.dtype(np.float32)
-LOOPS: Final = ("add_rows", "apply", "change", "draw", "keep", "mean", "pack", "spread")
+LOOPS: Final = ("add_rows", "apply", "change", "draw_packed", "keep", "mean", "moments", "pack")
 # None where they are not installed, or are of an earlier version
 vectors: Any = ternbus_vectors if all(hasattr(ternbus_vectors, loop) for loop in LOOPS) else None
 

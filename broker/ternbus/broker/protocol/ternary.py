@@ -58,7 +58,18 @@ class Block:
     @classmethod
     def of_trits(cls, schema: Schema, scales: Sequence[float], trits: Trits, dense: npt.NDArray[np.float32]) -> "Block":
         """A ternary block of T scales, the ternary tensors' N trits in schema order, and the dense elements."""
-        parts = (np.asarray(scales, dtype=type_f32).tobytes(), pack(trits), _clip(dense).tobytes())
+        return cls.of_packed(schema, scales, pack(trits), dense)
+
+    @classmethod
+    def of_packed(
+        cls,
+        schema: Schema,
+        scales: Sequence[float],
+        packed: bytes | memoryview,
+        dense: npt.NDArray[np.float32],
+    ) -> "Block":
+        """As `of_trits`, of trits that `pack` has packed."""
+        parts = (np.asarray(scales, dtype=type_f32).data, packed, _clip(dense).data)
         return cls(schema, TERNARY, b"".join(parts))
 
     @classmethod
@@ -153,6 +164,11 @@ class Block:
 
 def trit_bytes(schema: Schema) -> int:
     return -(-schema.ternary_elements // 5)
+
+
+def no_trits(schema: Schema) -> npt.NDArray[np.uint8]:
+    """Packed trits of which all are 0."""
+    return np.full(trit_bytes(schema), TRIT_BYTE_MAX // 2, np.uint8)
 
 
 def content_bytes(schema: Schema, codec: str) -> int:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ternbus.broker.protocol.schema import Schema, Vector
-from ternbus.broker.protocol.ternary import FLOAT32, Block, dense_elements, nearest_block
-from ternbus.edge.learn.terngrad import ternarize
+from ternbus.broker.protocol.ternary import FLOAT32, Block, dense_elements, nearest_block, no_trits
+from ternbus.edge.learn.local_change import LocalChange, diverged
+from ternbus.edge.learn.terngrad import draw_packed, generators, scale_of_change, ternarize
 from ternbus.edge.plan.plan import Plan
 
 
@@ -18,27 +19,42 @@ class Compressed:
     residual: Vector | None
 
 
-def compress(schema: Schema, plan: Plan, change: Vector, residual: Vector | None, seed: int) -> Compressed:
+def compress(
+    schema: Schema, plan: Plan, change: Vector | LocalChange, residual: Vector | None, seed: int
+) -> Compressed:
     """Block and new residual of ``change + residual``, both float32 vectors of the schema's length.
 
     Without error feedback the ternary block is random and unbiased (Wen et al. 2017), and there is no residual. With
     error feedback the block is the nearest one, and the residual is added to the next change (Karimireddy et al. 2019,
-    algorithm 1).
+    algorithm 1). Raises `TrainingError` as `LocalChange.vector`.
     """
-    total = change if residual is None else change + residual
+    if plan.codec != FLOAT32 and not plan.error_feedback and residual is None:
+        whole = change if isinstance(change, LocalChange) else LocalChange.of_vector(schema, change)
+        return Compressed(block=_terngrad(whole, plan.clip_sigma, seed), residual=None)
+    vector = change.vector() if isinstance(change, LocalChange) else change
+    total = vector if residual is None else vector + residual
     if plan.codec == FLOAT32:
         block = Block.of_float32(schema, total)
     elif plan.error_feedback:
         block = nearest_block(schema, total)
     else:
-        block = _terngrad(schema, total, plan.clip_sigma, seed)
+        block = _terngrad(LocalChange.of_vector(schema, total), plan.clip_sigma, seed)
     return Compressed(block=block, residual=total - block.value() if plan.error_feedback else None)
 
 
-def _terngrad(schema: Schema, total: Vector, clip_sigma: float, seed: int) -> Block:
-    bits = np.random.SFC64(seed)
-    trits = np.empty(schema.ternary_elements, dtype=np.int8)
-    scales = []
+def _terngrad(change: LocalChange, clip_sigma: float, seed: int) -> Block:
+    schema, bits, scales = change.schema, generators(seed), []
+    if change.is_compiled:
+        packed = no_trits(schema)
+        for segment in schema.ternary:
+            values, start = change.pair(segment)
+            scale, is_bounded = scale_of_change(values, start, clip_sigma=clip_sigma)
+            if not is_bounded:
+                raise diverged()
+            draw_packed(packed, segment.offset, values, start, s=scale, bits=bits)
+            scales.append(float(scale))
+        return Block.of_packed(schema, scales, packed.data, change.dense_elements())
+    total, trits = change.vector(), np.empty(schema.ternary_elements, dtype=np.int8)
     for segment in schema.ternary:
         place = trits[segment.offset : segment.offset + segment.tensor.elements]
         scale, _ = ternarize(total[segment.start : segment.stop], clip_sigma=clip_sigma, bits=bits, out=place)

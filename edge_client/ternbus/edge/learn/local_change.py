@@ -1,24 +1,77 @@
-"""What a training has changed: the difference of two models as a vector."""
+"""What a training has changed: the difference of two models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ternbus.broker.protocol import compiled
-from ternbus.broker.protocol.schema import PIECE, Schema, Vector, flat_tensors, flush_tiny, is_bounded
+from ternbus.broker.protocol.schema import PIECE, Schema, Segment, Vector, flat_tensors, flush_tiny, is_bounded
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.tensors import Tensors
 
 
-def change(schema: Schema, start: Vector, trained: Tensors) -> Vector:
-    """``trained - start``, float32 of the schema's length, in one pass over the memory.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LocalChange:
+    """``trained - start`` by tensor, computed where it is read: a copy of it takes longer than reading both again.
 
-    Raises `TrainingError` if an element is beyond 2^40 or no number, and `ConfigError` for tensors of another schema.
+    Where ``start`` is None, the change is ``trained``.
     """
-    result = np.empty_like(start)
-    for segment, after in flat_tensors(schema, trained):
-        place = slice(segment.start, segment.stop)
-        if not _subtract(result[place], after, start[place]):
-            raise TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
-    return result
+
+    schema: Schema
+    trained: Mapping[str, Vector]
+    start: Vector | None = None
+
+    @classmethod
+    def of(cls, schema: Schema, start: Vector, trained: Tensors) -> "LocalChange":
+        """Raises `ConfigError` for tensors of another schema."""
+        flat = {segment.tensor.name: values for segment, values in flat_tensors(schema, trained)}
+        return cls(schema=schema, trained=flat, start=start)
+
+    @classmethod
+    def of_vector(cls, schema: Schema, change: Vector) -> "LocalChange":
+        parts = {segment.tensor.name: change[segment.start : segment.stop] for segment in schema.segments}
+        return cls(schema=schema, trained=parts)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled loops read all tensors."""
+        return compiled.takes(*self.trained.values(), *(() if self.start is None else (self.start,)))
+
+    def pair(self, segment: Segment) -> tuple[Vector, Vector | None]:
+        """A tensor after the training, and before."""
+        return self.trained[segment.tensor.name], None if self.start is None else self.start[
+            segment.start : segment.stop
+        ]
+
+    def vector(self) -> Vector:
+        """Float32 of the schema's length, tiny numbers of ``trained`` as +0, in one pass over the memory.
+
+        Raises `TrainingError` if an element of ``trained`` is beyond 2^40 or no number.
+        """
+        result = np.empty(self.schema.elements, np.float32)
+        for segment in self.schema.segments:
+            self._write(segment, result[segment.start : segment.stop])
+        return result
+
+    def dense_elements(self) -> npt.NDArray[np.float32]:
+        """Those of the dense tensors, in schema order; raises as `vector`."""
+        result = np.empty(self.schema.dense_elements, np.float32)
+        for segment in self.schema.dense:
+            self._write(segment, result[segment.offset : segment.offset + segment.tensor.elements])
+        return result
+
+    def _write(self, segment: Segment, to: Vector) -> None:
+        after, before = self.pair(segment)
+        if before is None:
+            to[:] = after
+        elif not _subtract(to, after, before):
+            raise diverged()
+
+
+def diverged() -> TrainingError:
+    return TrainingError("training diverged (a value is beyond 2^40): lower the plan's learning_rate")
 
 
 def _subtract(to: Vector, after: Vector, before: Vector) -> bool:

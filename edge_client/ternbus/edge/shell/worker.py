@@ -30,7 +30,7 @@ from ternbus.edge.core.events import (
     TrainingFinished,
 )
 from ternbus.edge.learn import failure
-from ternbus.edge.learn.local_change import change
+from ternbus.edge.learn.local_change import LocalChange
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.subnetwork import Narrowed
@@ -79,7 +79,7 @@ def _finished(
     start = tensors_of(job)
     trained = trainer.train(start, job.plan, version=job.base, seed=job.seed)
     gains = {} if held is None else _gains(held, start, {**start, **trained.tensors, **trained.local}, job.plan)
-    changed = change(job.schema, job.vector, trained.tensors)
+    changed = LocalChange.of(job.schema, job.vector, trained.tensors)
     content, residual = encoded(job, changed, job.residual, trained.samples, random_source)
     return TrainingFinished(
         base=job.base,
