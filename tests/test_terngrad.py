@@ -52,7 +52,7 @@ def test_trits_have_the_sign_of_their_element_and_the_shape_of_the_tensor(
     values: FloatArray, clip: float, seed: int
 ) -> None:
     before = values.copy()
-    scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=terngrad.generators(seed))
+    scale, trits = terngrad.ternarize(values, clip_sigma=clip, states=terngrad.random_states(seed))
     assert trits.dtype == np.int8
     assert scale.dtype == np.float32
     assert trits.shape == values.shape
@@ -67,10 +67,10 @@ def test_trits_have_the_sign_of_their_element_and_the_shape_of_the_tensor(
 def test_what_is_sent_is_on_average_the_clipped_tensor(clip: float) -> None:
     """The mean of n draws of s·t lies within five standard errors of each clipped element."""
     values, draws = gaussian(3_000), 2_000
-    bits = terngrad.generators(1)
+    states = terngrad.random_states(1)
     total = np.zeros(values.shape)
     for _ in range(draws):
-        scale, trits = terngrad.ternarize(values, clip_sigma=clip, bits=bits)
+        scale, trits = terngrad.ternarize(values, clip_sigma=clip, states=states)
         total += float(scale) * trits
     clipped = np.clip(values.astype(np.float64), -float(scale), float(scale))
     deviation = np.sqrt(np.abs(clipped) * (float(scale) - np.abs(clipped)) / draws)
@@ -81,18 +81,18 @@ def test_what_is_sent_is_on_average_the_clipped_tensor(clip: float) -> None:
 def test_an_outlier_is_clipped_to_c_sigma_and_raises_no_other_element() -> None:
     values = gaussian(10_000)
     values[17] = 1.0
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
     assert float(scale) == pytest.approx(2.5 * float(values.std(dtype=np.float64)), rel=1e-6)
     assert trits[17] == 1
-    unclipped, _ = terngrad.ternarize(values, clip_sigma=0, bits=terngrad.generators(0))
+    unclipped, _ = terngrad.ternarize(values, clip_sigma=0, states=terngrad.random_states(0))
     assert unclipped == np.float32(1.0)
 
 
 def test_the_seed_decides_every_trit() -> None:
     values = gaussian(200_000)
-    first = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(7))
-    again = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(7))
-    other = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(8))
+    first = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(7))
+    again = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(7))
+    other = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(8))
     assert first[0] == again[0] == other[0]
     assert np.array_equal(first[1], again[1])
     assert not np.array_equal(first[1], other[1])
@@ -100,7 +100,7 @@ def test_the_seed_decides_every_trit() -> None:
 
 def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
     values = np.tile(np.array([1, -1, 0], np.float32), 5_000)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
     assert scale == np.float32(1)
     assert np.array_equal(trits, values.astype(np.int8))
 
@@ -116,21 +116,21 @@ def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
     ids=["zeros", "negative zeros", "too small to count", "empty"],
 )
 def test_what_is_as_good_as_zero_has_scale_zero_and_no_trits(values: FloatArray) -> None:
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
     assert scale.tobytes() == bytes(4)
     assert not trits.any()
 
 
 def test_a_constant_tensor_has_nothing_to_clip() -> None:
     values = np.full(100_001, 0.1, np.float32)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
     assert scale == np.float32(0.1)
     assert np.all(trits == 1)
 
 
 def test_the_scale_never_exceeds_what_the_protocol_takes() -> None:
     values = np.array([3e38, -3e38, 1.0], np.float32)
-    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+    scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
     assert scale == np.float32(65_504)
     assert trits.tolist()[:2] == [1, -1]
 
@@ -181,16 +181,16 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
     values = gaussian(1_000)
     values[500] = bad
     with pytest.raises(ValueError, match="NaN or an infinity"):
-        terngrad.ternarize(values, clip_sigma=2.5, bits=terngrad.generators(0))
+        terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))
 
 
 def test_no_temporary_grows_with_the_tensor() -> None:
     """Beside the trits themselves, four million elements take less than 2 MB."""
     values = gaussian(4_000_000)
-    bits = terngrad.generators(0)
+    states = terngrad.random_states(0)
     tracemalloc.start()
     try:
-        terngrad.ternarize(values, clip_sigma=2.5, bits=bits)
+        terngrad.ternarize(values, clip_sigma=2.5, states=states)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

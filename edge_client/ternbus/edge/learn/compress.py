@@ -7,7 +7,7 @@ import numpy as np
 from ternbus.broker.protocol.schema import Schema, Vector
 from ternbus.broker.protocol.ternary import FLOAT32, Block, dense_elements, nearest_block, no_trits
 from ternbus.edge.learn.local_change import LocalChange, diverged
-from ternbus.edge.learn.terngrad import draw_packed, generators, scale_of_change, ternarize
+from ternbus.edge.learn.terngrad import draw_packed, random_states, scale_of_change, ternarize
 from ternbus.edge.plan.plan import Plan
 
 
@@ -43,7 +43,7 @@ def compress(
 
 
 def _terngrad(change: LocalChange, clip_sigma: float, seed: int) -> Block:
-    schema, bits, scales = change.schema, generators(seed), []
+    schema, states, scales = change.schema, random_states(seed), []
     if change.is_compiled:
         packed = no_trits(schema)
         for segment in schema.ternary:
@@ -51,12 +51,12 @@ def _terngrad(change: LocalChange, clip_sigma: float, seed: int) -> Block:
             scale, is_bounded = scale_of_change(values, start, clip_sigma=clip_sigma)
             if not is_bounded:
                 raise diverged()
-            draw_packed(packed, segment.offset, values, start, s=scale, bits=bits)
+            draw_packed(packed, segment.offset, values, start, s=scale, states=states)
             scales.append(float(scale))
         return Block.of_packed(schema, scales, packed.data, change.dense_elements())
     total, trits = change.vector(), np.empty(schema.ternary_elements, dtype=np.int8)
     for segment in schema.ternary:
         place = trits[segment.offset : segment.offset + segment.tensor.elements]
-        scale, _ = ternarize(total[segment.start : segment.stop], clip_sigma=clip_sigma, bits=bits, out=place)
+        scale, _ = ternarize(total[segment.start : segment.stop], clip_sigma=clip_sigma, states=states, out=place)
         scales.append(float(scale))
     return Block.of_trits(schema, scales, trits, dense_elements(schema, total))
