@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -48,6 +48,7 @@ from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
 from ternbus.broker.folder_owner import act_as_owner
+from ternbus.broker.kept_memory import keep_freed
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
@@ -60,6 +61,8 @@ from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.sums.terms import MASK
 from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
+
+KEPT_BYTES: Final = 2**28  # of memory between merges
 
 app = command_group("Run the server: accept updates, merge them, publish the model.")
 app.add_typer(log_commands.app, name="log")
@@ -219,6 +222,7 @@ def _serve(
     broker: RunningBroker | None = None,
     listener: dashboard_process.Listener | None = None,
 ) -> None:
+    keep_freed(KEPT_BYTES)
     say = LogOutput(as_json=log == LogFormat.JSON)
     take_library_lines(say)
     beside = dashboard_process.beside(listener, directory, say, as_json=log == LogFormat.JSON)

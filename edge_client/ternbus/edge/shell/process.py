@@ -10,21 +10,25 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from ternbus.broker.complaint import complaint
 from ternbus.broker.exit_codes import EXIT_FAILED, EXIT_INTERRUPTED
 from ternbus.broker.json_output import json_output
+from ternbus.broker.kept_memory import keep_freed
 from ternbus.broker.streams import prepare_streams
 from ternbus.edge.shell import agent
 from ternbus.edge.shell.directory import DeviceDirectory
 from ternbus.edge.shell.options import Options
 from ternbus.edge.shell.printer import Printer
 
+KEPT_BYTES: Final = 2**26  # some vectors of a model of four million parameters
+
 
 def main() -> NoReturn:
     """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
     prepare_streams()
+    keep_freed(KEPT_BYTES)
     code = _run(json.loads(sys.argv[1]))
     try:
         sys.stdout.flush()

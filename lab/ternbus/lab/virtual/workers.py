@@ -1,6 +1,5 @@
 """Training of simulated devices in several worker processes of this machine."""
 
-import ctypes
 import heapq
 import itertools
 import math
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from ternbus.broker.errors import FederationError
+from ternbus.broker.kept_memory import keep_freed
 from ternbus.broker.server import parent_death
 from ternbus.edge.core.actions import StartTraining
 from ternbus.edge.core.events import TrainingFinished
@@ -32,9 +32,7 @@ from ternbus.lab.virtual.vectorised import Training, each_at_once
 
 Result = TypeVar("Result")
 SAFE_PATH: Final = "PYTHONSAFEPATH"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT_BYTES: Final = 2**30
-MAPPED_BYTES: Final = (2**30, 2**25)  # glibc maps memory for a larger piece; old ones take no more than the second
 
 
 class Processes:
@@ -202,19 +200,8 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
     """Tie a worker process to its parent."""
     os.environ.pop(SAFE_PATH, None)  # must not affect processes that the task may start
     parent_death.tie(parent)
-    _keep_memory()
+    keep_freed(KEPT_BYTES)
     _given.append((scenario, load))
-
-
-def _keep_memory() -> None:
-    """Have the process keep what a step of training has freed, for the next step.
-
-    glibc would give large pieces back to the system each time, which then clears each page anew. Other C libraries have
-    no `mallopt`. Either limit alone would fix the other one at its default, where it is worst.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and any(mallopt(M_MMAP_THRESHOLD, limit) for limit in MAPPED_BYTES):
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @cache
