@@ -40,10 +40,11 @@ from ternbus.broker.protocol.frame import parse
 from ternbus.broker.protocol.identity import Identity
 from ternbus.broker.protocol.messages import Update
 from ternbus.broker.protocol.parts import cut
-from ternbus.broker.protocol.schema import Schema, vector_digest, vector_xxh3
+from ternbus.broker.protocol.schema import Schema, to_tensors, vector_digest, vector_xxh3
 from ternbus.broker.protocol.ternary import ZSTD, Block, encode, nearest_block
 from ternbus.broker.server.running import Engine, choose, start
 from ternbus.edge.learn.compress import compress
+from ternbus.edge.learn.local_change import LocalChange
 from ternbus.edge.plan.plan import Plan
 
 WITHIN_S: Final = 300.0
@@ -205,6 +206,7 @@ def bare_parts(parameters: int, frame_bytes: int, folder: Path) -> dict[str, flo
     }  # fmt: skip
     frames = [parse(each) for each in cut(identity, frame_bytes=frame_bytes, **about)]
     vector, total = np.zeros(schema.elements, np.float32), ExactSum(schema)
+    trained = to_tensors(schema, vector + change)
 
     def verify() -> None:
         for each in frames:
@@ -218,7 +220,7 @@ def bare_parts(parameters: int, frame_bytes: int, folder: Path) -> dict[str, flo
             os.fdatasync(journal.fileno())
 
         return {
-            "compress_ms": cpu_ms(lambda: compress(schema, Plan(), change, None, 0)),
+            "compress_ms": cpu_ms(lambda: compress(schema, Plan(), LocalChange.of(schema, vector, trained), None, 0)),
             "zstd_ms": cpu_ms(lambda: encode(block.content, ZSTD)),
             "sign_ms": cpu_ms(lambda: cut(identity, frame_bytes=frame_bytes, **about)),
             "verify_ms": cpu_ms(verify),
