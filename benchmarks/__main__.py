@@ -25,6 +25,9 @@ from typing import Final
 from ternbus.lab.report import machine
 
 RESULTS: Final = Path(__file__).parent / "results"
+PATH: Final = (
+    "--parameters", "100000", "1200000", "10000000", "--frame-kib", "120", "256", "--engine", "mosquitto", "nats",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "merge_costs": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
-    "path": Benchmark(("--parameters", "100000", "1200000", "10000000", "--engine", "mosquitto", "nats"), long=True),
+    "path": Benchmark(PATH, long=True),
     "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
     "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),

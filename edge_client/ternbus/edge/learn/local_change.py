@@ -41,9 +41,8 @@ class LocalChange:
 
     def pair(self, segment: Segment) -> tuple[Vector, Vector | None]:
         """A tensor after the training, and before."""
-        return self.trained[segment.tensor.name], None if self.start is None else self.start[
-            segment.start : segment.stop
-        ]
+        before = None if self.start is None else self.start[segment.start : segment.stop]
+        return self.trained[segment.tensor.name], before
 
     def vector(self) -> Vector:
         """Float32 of the schema's length, tiny numbers of ``trained`` as +0, in one pass over the memory.
