@@ -234,12 +234,13 @@ WIDE static void make_random(uint64_t to[DRAWS][AT_ONCE / 2 / DRAWS], uint64_t s
 }
 
 WIDE static void draw_some(int8_t *restrict to, const float *restrict values, const uint32_t *restrict random, int count,
-                           float step) {
+                           float scale) {
     for (int i = 0; i < count; i++) {
-        const int32_t bits = bits_of(values[i]), magnitude = bits & 0x7FFFFFFF;
-        float unsigned_value;
-        memcpy(&unsigned_value, &magnitude, sizeof unsigned_value);
-        to[i] = (int8_t)(-(unsigned_value > (float)(int32_t)(random[i] >> 8) * step) & (bits >> 31 | 1));
+        const uint32_t bits = (random[i] & 0x007FFFFF) | 0x3F800000; /* 1 + u */
+        float bound;
+        memcpy(&bound, &bits, sizeof bound);
+        bound = (bound - 1.0f) * scale;
+        to[i] = (int8_t)((values[i] > bound) - (values[i] < -bound));
     }
 }
 
@@ -285,7 +286,7 @@ static void draw_trits(uint8_t *to, Py_ssize_t place, const float *values, const
         const float *from = some_of(room, values + first, start ? start + first : NULL, some, &bounded);
         make_random(random, states);
         memcpy(halves, random, sizeof halves);
-        draw_some(trits, from, halves, some, scale * 0x1p-24f);
+        draw_some(trits, from, halves, some, scale);
         pack_trits(to, place + first, trits, some);
     }
     memcpy(stored, states, sizeof states);
@@ -484,7 +485,7 @@ static PyMethodDef methods[] = {
      "double. Raises ValueError for other lengths, or an empty array."},
     {"draw_packed", draw, METH_VARARGS,
      "draw_packed(to, first, values, start, states, scale): pack t[i] as the trit first + i; t[i] is the sign of c[i] of\n"
-     "`moments` where its magnitude is above u[i] * scale, and else 0; u[i] of 24 random bits.\n\n"
+     "`moments` where its magnitude is above u[i] * scale, and else 0; u[i] of 23 random bits.\n\n"
      "Bytes, which are 121 where nothing has been packed, float32 (n,) twice, and the states of four SFC64 of numpy,\n"
      "uint64 (4, 4). Of each 1,024 elements the first 256 are by the first of them, two by each of its numbers, and so\n"
      "on; each goes on by 128 numbers also where the last elements are fewer. Raises ValueError for other lengths, or a\n"

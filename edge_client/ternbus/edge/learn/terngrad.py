@@ -14,8 +14,10 @@ from ternbus.broker.protocol import compiled
 from ternbus.broker.protocol.lane_sum import BLOCK, lane_sum
 
 LARGEST_SCALE = 65_504.0  # the protocol's bound
-SMALLEST_SCALE = 2.0**-100  # so that a fraction of 24 bits of it is an exact float32; no such change moves a weight
+SMALLEST_SCALE = 2.0**-100  # so that a fraction of 23 bits of it is an exact float32; no such change moves a weight
 EPSILON = 2.0**-20
+ONE_TO_TWO = np.uint64(0x3F800000_3F800000)  # the exponent of two float32 in [1, 2)
+MANTISSAS = np.uint64(0x007FFFFF_007FFFFF)
 GENERATORS = 4  # side by side, each for a quarter of CHUNK elements
 CHUNK = 1024  # elements; two by each number of 64 bits
 
@@ -128,17 +130,15 @@ def _raw(generator: np.random.SFC64, states: States, chunks: int) -> npt.NDArray
 
 
 def _draw(values: FloatArray, s: np.float32, raw: npt.NDArray[np.uint64], out: Trits) -> None:
-    """Write t: the sign of g where |g| > u·s, u uniform in [0, 1) and of 24 bits; else 0. Overwrites ``raw``."""
-    halves = raw.reshape(-1).view(np.uint32)[: values.size]
-    halves >>= 8
-    bounds = halves.astype(np.float32)
-    bounds *= s * np.float32(2**-24)
-    magnitudes = np.abs(values, out=halves.view(np.float32))  # in the place of the random bits
-    np.greater(magnitudes, bounds, out=out.view(np.bool_))
-    below = (values < 0).view(np.int8)
-    below &= out
-    below <<= 1
-    out -= below
+    """Write t: the sign of g where |g| > u·s, u uniform in [0, 1) and of 23 bits; else 0. Overwrites ``raw``."""
+    raw &= MANTISSAS
+    raw |= ONE_TO_TWO
+    bounds = raw.reshape(-1).view(np.float32)[: values.size]
+    bounds -= 1
+    bounds *= s
+    np.greater(values, bounds, out=out.view(np.bool_))
+    np.negative(bounds, out=bounds)
+    out -= (values < bounds).view(np.int8)
 
 
 def _moments(flat: FloatArray, *, sums: bool) -> tuple[float, float, float]:
