@@ -200,7 +200,7 @@ def _begin_worker(parent: int, scenario: Scenario, load: Callable[[], Task]) -> 
     """Tie a worker process to its parent."""
     os.environ.pop(SAFE_PATH, None)  # must not affect processes that the task may start
     parent_death.tie(parent)
-    keep_freed(KEPT_BYTES)
+    keep_freed(KEPT_BYTES, KEPT_BYTES)
     _given.append((scenario, load))
 
 
