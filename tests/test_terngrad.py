@@ -98,6 +98,14 @@ def test_the_seed_decides_every_trit() -> None:
     assert not np.array_equal(first[1], other[1])
 
 
+def test_elements_much_smaller_than_the_scale_are_not_sent_too_often() -> None:
+    """A random number has steps of 2^-23: an element far below a step is never sent, and none is sent for its sign."""
+    values = np.full(2_000_001, 2.0**-26, np.float32)
+    values[0] = 1.0
+    states = terngrad.random_states(3)
+    assert not any(terngrad.ternarize(values, clip_sigma=0, states=states)[1][1:].any() for _ in range(10))
+
+
 def test_an_element_at_the_scale_is_always_sent_and_a_zero_never() -> None:
     values = np.tile(np.array([1, -1, 0], np.float32), 5_000)
     scale, trits = terngrad.ternarize(values, clip_sigma=2.5, states=terngrad.random_states(0))

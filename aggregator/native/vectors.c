@@ -239,7 +239,7 @@ WIDE static void draw_some(int8_t *restrict to, const float *restrict values, co
         const uint32_t bits = (random[i] & 0x007FFFFF) | 0x3F800000; /* 1 + u */
         float bound;
         memcpy(&bound, &bits, sizeof bound);
-        bound = (bound - 1.0f) * scale;
+        bound = (bound - 0x1.fffffep-1f) * scale; /* in the middle of its step: rounding has no bias */
         to[i] = (int8_t)((values[i] > bound) - (values[i] < -bound));
     }
 }
@@ -485,7 +485,7 @@ static PyMethodDef methods[] = {
      "double. Raises ValueError for other lengths, or an empty array."},
     {"draw_packed", draw, METH_VARARGS,
      "draw_packed(to, first, values, start, states, scale): pack t[i] as the trit first + i; t[i] is the sign of c[i] of\n"
-     "`moments` where its magnitude is above u[i] * scale, and else 0; u[i] of 23 random bits.\n\n"
+     "`moments` where its magnitude is above u[i] * scale, and else 0; u[i] of 23 random bits, (2 k + 1) / 2^24.\n\n"
      "Bytes, which are 121 where nothing has been packed, float32 (n,) twice, and the states of four SFC64 of numpy,\n"
      "uint64 (4, 4). Of each 1,024 elements the first 256 are by the first of them, two by each of its numbers, and so\n"
      "on; each goes on by 128 numbers also where the last elements are fewer. Raises ValueError for other lengths, or a\n"

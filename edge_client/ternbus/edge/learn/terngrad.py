@@ -18,6 +18,7 @@ SMALLEST_SCALE = 2.0**-100  # so that a fraction of 23 bits of it is an exact fl
 EPSILON = 2.0**-20
 ONE_TO_TWO = np.uint64(0x3F800000_3F800000)  # the exponent of two float32 in [1, 2)
 MANTISSAS = np.uint64(0x007FFFFF_007FFFFF)
+BELOW_ONE = np.float32(1 - 2**-24)  # u is in the middle of its step: rounding to 23 bits has no bias
 GENERATORS = 4  # side by side, each for a quarter of CHUNK elements
 CHUNK = 1024  # elements; two by each number of 64 bits
 
@@ -134,7 +135,7 @@ def _draw(values: FloatArray, s: np.float32, raw: npt.NDArray[np.uint64], out: T
     raw &= MANTISSAS
     raw |= ONE_TO_TWO
     bounds = raw.reshape(-1).view(np.float32)[: values.size]
-    bounds -= 1
+    bounds -= BELOW_ONE
     bounds *= s
     np.greater(values, bounds, out=out.view(np.bool_))
     np.negative(bounds, out=bounds)
