@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from ternbus.edge.learn.compress import compress
 from ternbus.edge.learn.local_change import LocalChange
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.plan import Plan
+from ternbus.edge.plan.tensors import Tensors
 
 pytestmark = pytest.mark.skipif(compiled.vectors is None, reason="pip install ./aggregator/native")
 TINY = np.float32(2.0**-126)
@@ -204,6 +206,25 @@ def test_terngrad_of_what_the_loops_do_not_read_has_the_same_bits() -> None:
     usual = content(schema, Plan(), LocalChange.of(schema, start, tensors), 0)
     assert content(schema, Plan(), LocalChange.of(schema, start, others), 0) == usual
     assert content(schema, Plan(), LocalChange.of(schema, start, strange), 0) == usual
+
+
+def test_tensors_of_another_type_are_converted_one_at_a_time() -> None:
+    """Else a device would need memory for one more copy of the model."""
+    schema = Schema.of({f"{place}": (100, 1000) for place in range(10)})
+    start = np.zeros(schema.elements, np.float32)
+    trained: Tensors = {name: tensor.astype(np.float64) for name, tensor in to_tensors(schema, start + 1).items()}
+
+    def peak() -> int:
+        tracemalloc.start()
+        try:
+            content(schema, Plan(), LocalChange.of(schema, start, trained), 0)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    plain, looped = both(peak)
+    assert plain < 1.5 * start.nbytes  # the change and its trits
+    assert looped < 0.5 * start.nbytes
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, np.nextafter(np.float32(2.0**40), np.float32(np.inf))])

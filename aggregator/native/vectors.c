@@ -479,8 +479,8 @@ static PyMethodDef methods[] = {
      "magnitude. Raises ValueError for other lengths."},
     {"moments", moments, METH_VARARGS,
      "moments(values, start): of a change c[i] = values[i] - start[i], or values[i] where start is None: the largest\n"
-     "magnitude, the sum of c[i] - p, that of their squares, and whether `change` finds all values bounded; p is the mean\n"
-     "of the first 65,536.\n\n"
+     "magnitude, the sum of c[i] - p, that of their squares, and whether `change` finds all values bounded, where start\n"
+     "is given; p is the mean of the first 65,536.\n\n"
      "float32 (n,) twice. The largest is NaN if there is a NaN. Sums of 65,536 are 256 in float32, and then one in\n"
      "double. Raises ValueError for other lengths, or an empty array."},
     {"draw_packed", draw, METH_VARARGS,

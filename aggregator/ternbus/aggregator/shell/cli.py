@@ -62,7 +62,7 @@ from ternbus.broker.sums.terms import MASK
 from ternbus.broker.toml import toml_value
 from ternbus.broker.version import software
 
-KEPT_BYTES: Final = 2**28  # of memory between merges
+KEPT_BYTES: Final = 2**26  # of memory between merges
 
 app = command_group("Run the server: accept updates, merge them, publish the model.")
 app.add_typer(log_commands.app, name="log")

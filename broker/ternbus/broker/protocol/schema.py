@@ -225,7 +225,14 @@ def flatten(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
 
 
 def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[Segment, Vector]]:
-    """Each tensor as a float32 array of one dimension, which may be the tensor's own memory; otherwise as `flatten`."""
+    """Each tensor as of `flat`; otherwise as `flatten`."""
+    check_shapes(schema, tensors)
+    for segment in schema.segments:
+        yield segment, flat(tensors[segment.tensor.name])
+
+
+def check_shapes(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """ConfigError if names or shapes are not those of the schema."""
     missing = [tensor.name for tensor in schema.tensors if tensor.name not in tensors]
     if missing:
         raise ConfigError(
@@ -238,12 +245,15 @@ def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Ite
                 f"tensor {tensor.name!r} has shape {shape} instead of the federation's {tensor.shape}; use the "
                 "federation's model"
             )
-    for segment in schema.segments:
-        values = np.asarray(tensors[segment.tensor.name])
-        if values.dtype != type_f32:
-            with np.errstate(over="ignore", invalid="ignore"):
-                values = values.astype(np.float32)
-        yield segment, values.reshape(-1)
+
+
+def flat(tensor: npt.NDArray[Any]) -> Vector:
+    """A tensor as a float32 array of one dimension, which may be the tensor's own memory."""
+    values = np.asarray(tensor)
+    if values.dtype != type_f32:
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values.astype(np.float32)
+    return values.reshape(-1)
 
 
 def to_tensors(schema: Schema, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:

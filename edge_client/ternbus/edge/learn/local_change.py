@@ -1,13 +1,12 @@
 """What a training has changed: the difference of two models."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ternbus.broker.protocol import compiled
-from ternbus.broker.protocol.schema import PIECE, Schema, Segment, Vector, flat_tensors, flush_tiny, is_bounded
+from ternbus.broker.protocol.schema import PIECE, Schema, Segment, Vector, check_shapes, flat, flush_tiny, is_bounded
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.plan.tensors import Tensors
 
@@ -20,14 +19,14 @@ class LocalChange:
     """
 
     schema: Schema
-    trained: Mapping[str, Vector]
+    trained: Tensors  # converted one at a time: of another type, they would take a copy of the model
     start: Vector | None = None
 
     @classmethod
     def of(cls, schema: Schema, start: Vector, trained: Tensors) -> "LocalChange":
         """Raises `ConfigError` for tensors of another schema."""
-        flat = {segment.tensor.name: values for segment, values in flat_tensors(schema, trained)}
-        return cls(schema=schema, trained=flat, start=start)
+        check_shapes(schema, trained)
+        return cls(schema=schema, trained=trained, start=start)
 
     @classmethod
     def of_vector(cls, schema: Schema, change: Vector) -> "LocalChange":
@@ -36,13 +35,14 @@ class LocalChange:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled loops read all tensors."""
-        return compiled.takes(*self.trained.values(), *(() if self.start is None else (self.start,)))
+        """Whether the compiled loops read all pairs."""
+        return compiled.takes(*(() if self.start is None else (self.start,)))
 
     def pair(self, segment: Segment) -> tuple[Vector, Vector | None]:
         """A tensor after the training, and before."""
         before = None if self.start is None else self.start[segment.start : segment.stop]
-        return self.trained[segment.tensor.name], before
+        after = flat(self.trained[segment.tensor.name])
+        return after if after.flags.c_contiguous and after.flags.aligned else after.copy(), before
 
     def vector(self) -> Vector:
         """Float32 of the schema's length, tiny numbers of ``trained`` as +0, in one pass over the memory.

@@ -1,7 +1,8 @@
 """TernGrad: unbiased quantization of a tensor to one scale and one trit per element (Wen et al. 2017).
 
-It works in blocks, so that a device needs memory for one more copy of the model, not for four, and a block stays in
-the processor's cache: the largest temporary array is one of float32 or random bits, 256 KiB.
+The compiled loops need no memory beside the trits. Without them it works in blocks, so that a device needs memory for
+one more copy of the model, not for four, and a block stays in the processor's cache: the largest temporary array is one
+of float32 or random bits, 256 KiB.
 """
 
 import math
@@ -14,7 +15,7 @@ from ternbus.broker.protocol import compiled
 from ternbus.broker.protocol.lane_sum import BLOCK, lane_sum
 
 LARGEST_SCALE = 65_504.0  # the protocol's bound
-SMALLEST_SCALE = 2.0**-100  # so that a fraction of 23 bits of it is an exact float32; no such change moves a weight
+SMALLEST_SCALE = 2.0**-100  # its product with 2^-24 is no subnormal number; a smaller one moves no weight but near 0
 EPSILON = 2.0**-20
 ONE_TO_TWO = np.uint64(0x3F800000_3F800000)  # the exponent of two float32 in [1, 2)
 MANTISSAS = np.uint64(0x007FFFFF_007FFFFF)
@@ -131,7 +132,7 @@ def _raw(generator: np.random.SFC64, states: States, chunks: int) -> npt.NDArray
 
 
 def _draw(values: FloatArray, s: np.float32, raw: npt.NDArray[np.uint64], out: Trits) -> None:
-    """Write t: the sign of g where |g| > u·s, u uniform in [0, 1) and of 23 bits; else 0. Overwrites ``raw``."""
+    """Write t: the sign of g where |g| > u·s, u = (2k + 1) / 2^24 uniform in (0, 1); else 0. Overwrites ``raw``."""
     raw &= MANTISSAS
     raw |= ONE_TO_TWO
     bounds = raw.reshape(-1).view(np.float32)[: values.size]

@@ -28,7 +28,6 @@ KEPT_BYTES: Final = 2**26  # some vectors of a model of four million parameters
 def main() -> NoReturn:
     """Run the device of the request in the arguments. The exit codes are those of the `ternbus` command."""
     prepare_streams()
-    keep_freed(KEPT_BYTES)
     code = _run(json.loads(sys.argv[1]))
     try:
         sys.stdout.flush()
@@ -41,6 +40,7 @@ def main() -> NoReturn:
 
 def run(request: dict[str, Any]) -> int:
     """Run the device of a request in this process; return the exit code."""
+    keep_freed(KEPT_BYTES)
     as_json, home = request["as_json"], DeviceDirectory(Path(request["folder"]))
     with json_output(as_json) as output:
         printer = Printer(as_json=as_json, output=output)
