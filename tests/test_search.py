@@ -178,6 +178,20 @@ def test_a_loss_of_sub_networks_is_better_where_it_is_lower_and_old_versions_do_
     assert state_of(search).steps[1].effects == ((-2.0, -1.0, -3.0),)
 
 
+def test_a_width_that_nobody_has_trained_is_no_faster_than_a_narrower_one() -> None:
+    """Else a class would be given a width for the only reason that its devices never came to an end with it."""
+    values = {"accuracy": 0.9, "accuracy@0.25": 0.7, "accuracy@0.5": 0.8, "accuracy@1": 0.9}
+    found = []
+    for seconds in ((1.0, 9.0, None), (1.0, None, 9.0), (None, 1.0, 9.0)):
+        search = Search.of(settings(WIDTHS, latency_s=5.0), 0)
+        for version in range(1, 4 * UPDATES_MIN):
+            made = [update("pi", arm, None, each) for arm, each in enumerate(seconds) if each is not None]
+            search.made(version, made)
+            search.observe("judge", judged(version, **values))
+        found.append(state_of(search).steps[1].weights)
+    assert found == [((1, 0, 0),), ((0, 1, 0),), ((0, 1, 0),)]
+
+
 # --- claims
 
 

@@ -173,11 +173,18 @@ def _next(state: SearchState, number: int, effects: Sequence[float | None]) -> _
 
 
 def _fast_enough(state: SearchState, number: int) -> list[int]:
-    """The arms left that a class trains in time, as its devices measured it; the fastest where none does."""
-    limit, left = state.settings.latency_s, state.left(number)
+    """The arms left that a class trains in time, as its devices measured it; the fastest where none does.
+
+    A width that none of them has trained takes no less time than a narrower one.
+    """
+    about, left = state.settings, state.left(number)
     latency = {arm: each for arm in left if (each := state.latency_s(number, arm)) is not None}
-    slow = {arm: each for arm, each in latency.items() if limit and each > limit}
-    return [arm for arm in left if arm not in slow] or [min(slow, key=lambda arm: (slow[arm], arm))]
+    slow = {arm: each for arm, each in latency.items() if about.latency_s and each > about.latency_s}
+    fast = [arm for arm in left if arm not in slow]
+    if about.is_of_widths and slow:
+        least = min(about.arms[arm][WIDTH] for arm in slow)
+        fast = [arm for arm in fast if arm in latency or about.arms[arm][WIDTH] < least]
+    return fast or [min(slow, key=lambda arm: (slow[arm], arm))]
 
 
 def _exponentiated(row: _Row, worth: Mapping[int, float]) -> _Row:
