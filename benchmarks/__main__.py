@@ -25,7 +25,7 @@ from typing import Final
 from ternbus.lab.report import machine
 
 RESULTS: Final = Path(__file__).parent / "results"
-PATH: Final = (
+WHOLE_PATH: Final = (
     "--parameters", "100000", "1200000", "10000000", "--frame-kib", "120", "256", "--engine", "mosquitto", "nats",
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ BENCHMARKS: Final[Mapping[str, Benchmark]] = {
     "merge_costs": Benchmark(),
     "fleet": Benchmark(),
     "edge": Benchmark(data=True),
-    "path": Benchmark(PATH, long=True),
+    "path": Benchmark(WHOLE_PATH, long=True),
     "time_to_accuracy": Benchmark(("--seeds", "3"), data=True, folder=True, long=True),
     "race": Benchmark(more_with_data=True, folder=True, long=True),
     "slow_classes": Benchmark(),

@@ -76,7 +76,7 @@ def test_widths_are_searched_by_class_under_a_latency_in_virtual_time() -> None:
             "search.classes": ["device-1"],
             "search.latency_s": 11.0,
         },
-        end=End(versions=150),
+        end=End(versions=500),  # so that the slow class has sent enough, whatever a seed draws
     )
     about = simulated(scenario).report(1.0)
     found = about["search"]

@@ -1,7 +1,7 @@
 """The schema of a model: its tensors with order, shape and role, and conversions to one float32 vector."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -219,16 +219,10 @@ def flatten(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
     Numbers beyond float32's range become infinite.
     """
     vector = np.empty(schema.elements, dtype=np.float32)
-    for segment, values in flat_tensors(schema, tensors):
-        vector[segment.start : segment.stop] = values
-    return vector
-
-
-def flat_tensors(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[Segment, Vector]]:
-    """Each tensor as of `flat`; otherwise as `flatten`."""
     check_shapes(schema, tensors)
     for segment in schema.segments:
-        yield segment, flat(tensors[segment.tensor.name])
+        vector[segment.start : segment.stop] = flat(tensors[segment.tensor.name])
+    return vector
 
 
 def check_shapes(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
