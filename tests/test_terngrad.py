@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ternbus.broker.protocol import compiled
 from ternbus.broker.protocol.lane_sum import BLOCK
 from ternbus.edge.learn import terngrad
 
@@ -28,23 +29,30 @@ def gaussian(size: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).normal(0, 0.01, size).astype(np.float32)
 
 
-def plain_scale(values: FloatArray, clip_sigma: float) -> float:
-    """The formula a second time, without blocks: min(max|g|, c·sigma) within the protocol's bounds."""
-    elements = [float(value) for value in values.reshape(-1)]
-    largest = max(abs(element) for element in elements)
-    mean = math.fsum(elements) / len(elements)
-    sigma = math.sqrt(math.fsum((element - mean) ** 2 for element in elements) / len(elements))
-    if clip_sigma > 0 and sigma > 0:
-        largest = min(largest, clip_sigma * sigma)
-    return min(largest, 65_504.0) if largest >= 2**-100 else 0.0
-
-
 @given(vectors, clips)
 def test_scale_is_the_smaller_of_the_largest_magnitude_and_c_sigma(values: FloatArray, clip: float) -> None:
-    if len(set(values.reshape(-1).tolist())) > 1:
-        assert float(terngrad.scale(values, clip_sigma=clip)) == pytest.approx(plain_scale(values, clip), rel=1e-5)
-    else:
-        assert float(terngrad.scale(values, clip_sigma=clip)) == min(abs(float(values.flat[0])), 65_504.0)
+    elements = values.astype(np.float64).reshape(-1)
+    expected, sigma = float(np.abs(elements).max()), float(elements.std())
+    rounding = expected * 2.0**-20  # float32's; a smaller sigma is none
+    assume(abs(sigma - rounding) >= 1e-3 * rounding)
+    if clip > 0 and sigma > rounding:
+        expected = min(expected, clip * sigma)
+    scale = float(terngrad.scale(values, clip_sigma=clip))
+    assert scale == pytest.approx(min(expected, 65_504.0), rel=1e-5, abs=2.0**-100)
+
+
+@pytest.mark.parametrize("takes_loops", [True, False])
+@pytest.mark.parametrize(
+    ("magnitude", "expected"),
+    [(2.0**-126, 0.0), (2.0**-101, 0.0), (2.0**-100, 2.0**-100), (0.5, 0.5), (65_504.0, 65_504.0), (1e6, 65_504.0)],
+)
+def test_a_scale_below_2_to_the_minus_100_is_0_and_none_is_above_65504(
+    magnitude: float, expected: float, takes_loops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not takes_loops:
+        monkeypatch.setattr(compiled, "takes", lambda *_: False)
+    assert float(terngrad.scale(np.full(3, -magnitude, np.float32), clip_sigma=2.5)) == expected
+    assert float(terngrad.scale(np.array([magnitude, 0], np.float32), clip_sigma=0)) == expected
 
 
 @given(vectors, clips, st.integers(0, 100))

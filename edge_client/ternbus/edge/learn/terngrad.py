@@ -83,7 +83,7 @@ def draw_packed(
 def scale(values: FloatArray, *, clip_sigma: float) -> np.float32:
     """The scale s = min(max|g|, c·sigma), sigma being the standard deviation of the tensor's elements.
 
-    At most 65,504, and 0 if it would be too small for the protocol. A tensor of equal elements has sigma 0 and is not
+    At most 65,504, and 0 in place of one below 2^-100. A tensor of equal elements has sigma 0 and is not
     clipped: its s is max|g|. Raises `ValueError` for a NaN or an infinity.
     """
     flat = values.reshape(-1)
