@@ -77,10 +77,11 @@ class Service:
         self._report = report
         self._personal, self._limits_frames = personal, limits_frames
         self._queue: SimpleQueue[_Happened] = SimpleQueue()
+        self._unhandled: deque[None] = deque([None])  # as many as there are events to deal with; `Started` is one
         self._acknowledged: deque[link.Published] = deque()  # they wait for other events, as nothing is urgent in them
         self._link = make_link(self._deliver)
         self._link.holds_s = self._holds_s
-        worker = None if trainer is None else Worker(trainer, self._queue.put, min_seconds, held, narrowed)
+        worker = None if trainer is None else Worker(trainer, self._put, min_seconds, held, narrowed)
         self._worker = worker
         self._counters: Counter[str] = Counter(outbox.counters)
         self._tickets: dict[int, int] = {}  # the link's ticket of a publication -> its message's sequence number
@@ -89,11 +90,10 @@ class Service:
         self._save_due_s: float | None = None  # when the core's state is saved, if no other save comes before
         self._protocol = 5
         self._stop: Stop | None = None
-        self._is_idle = False  # waits for an event
 
     def request_stop(self, reason: str) -> None:
-        """Stop after the event at hand. Signal handlers may call it: a SimpleQueue's put is reentrant."""
-        self._queue.put(events.StopRequested(reason=reason))
+        """Stop after the event at hand. Signal handlers may call it: `_put` is reentrant."""
+        self._put(events.StopRequested(reason=reason))
 
     def run(self) -> Stop:
         """Run until the core stops.
@@ -103,10 +103,14 @@ class Service:
         """
         try:
             self._handle(events.Started())
+            self._unhandled.popleft()
             while self._stop is None:
-                self._take(self._next())
+                happened = self._next()
+                self._take(happened)
                 if self._save_due_s is not None and time.monotonic() >= self._save_due_s:
                     self._save(durable=False)
+                for _ in happened:
+                    self._unhandled.popleft()
         except BaseException:
             self._link.abandon()
             raise
@@ -126,14 +130,19 @@ class Service:
         if isinstance(event, link.Published):
             self._acknowledged.append(event)
         else:
-            self._queue.put(event)
+            self._put(event)
+
+    def _put(self, event: _Happened) -> None:
+        self._unhandled.append(None)
+        self._queue.put(event)
 
     def _holds_s(self, topic: str) -> float:
         """Called in the network thread: how long a message may wait for others, so that the core's thread wakes less.
 
-        Only while that waits itself: what it is about to take in may change what it needs.
+        Only while that waits itself: what it is about to take in may change what it needs. The queue does not tell of
+        that: from Python 3.13 on it is empty before the thread that waited for it has woken up.
         """
-        if not self._is_idle or not self._queue.empty():
+        if self._unhandled:
             return 0.0
         is_occupied = self._core.training.is_occupied(self._core.state)
         return self._core.follower.can_wait_s(topic, is_occupied=is_occupied)
@@ -152,14 +161,12 @@ class Service:
         now = time.monotonic()
         due = [self._core.due_s(), self._save_due_s, now + self._patience_s if self._tickets else None]
         times = [each for each in due if each is not None]
-        self._is_idle = True
         try:
             return self._queue.get(timeout=max(0.0, min(times) - now) if times else None)
         except Empty:
             self._patience_s = min(2 * self._patience_s, ACKNOWLEDGED_WITHIN_MAX_S)
+            self._unhandled.append(None)
             return events.TimeReached()
-        finally:
-            self._is_idle = False
 
     def _take(self, happened: Sequence[_Happened]) -> None:
         while self._acknowledged:
@@ -257,7 +264,7 @@ class Service:
         try:
             self._link.connect(action.will_topic, action.will_payload)
         except LinkError as error:
-            self._queue.put(events.ConnectFailed(reason=str(error)))
+            self._put(events.ConnectFailed(reason=str(error)))
 
     def _use_link(self, action: Subscribe | Unsubscribe | Publish) -> None:
         """Send the action. Without a connection it is lost, as in the network: the link reports `Disconnected`."""
