@@ -7,10 +7,14 @@ import ssl
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from ternbus.aggregator import settings as configuration
 from ternbus.aggregator.shell import administration as aggregators
@@ -48,6 +52,11 @@ def handshake(server: Pair, client: Pair | None, name: str, folder: Path) -> Non
         context.load_verify_locations(cadata=AUTHORITY.pair.certificate)
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.minimum_version = ssl.TLSVersion.TLSv1_3
+    shake(here, there, name)
+
+
+def shake(here: ssl.SSLContext, there: ssl.SSLContext, name: str) -> None:
+    """A handshake of the server ``here`` with the client ``there``, which expects ``name``."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [there.wrap_bio(down, up, server_hostname=name), here.wrap_bio(up, down, server_side=True)]
     done = 0
@@ -59,6 +68,49 @@ def handshake(server: Pair, client: Pair | None, name: str, folder: Path) -> Non
                 done += 1
             except ssl.SSLWantReadError:
                 continue
+
+
+def plain_pair() -> tuple[str, Pair]:
+    """An authority without a key usage, and a server's certificate without its key identifier, as openssl makes."""
+    keys = [Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()]
+    issuer, subject = (x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]) for name in ("own", "localhost"))
+    now = dt.datetime.now(dt.UTC)
+
+    def signed(name: x509.Name, key: Ed25519PrivateKey, extension: x509.ExtensionType, *, critical: bool) -> str:
+        builder = x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(key.public_key())
+        builder = builder.serial_number(x509.random_serial_number()).add_extension(extension, critical=critical)
+        builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
+        return builder.sign(keys[0], algorithm=None).public_bytes(Encoding.PEM).decode()
+
+    authority = signed(issuer, keys[0], x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    key = keys[1].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    return authority, Pair(certificate=signed(subject, keys[1], names, critical=False), key=key)
+
+
+def test_an_authority_of_ones_own_is_believed_with_every_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 3.13 on the default context is strict, and refused what 3.11 took: the same pages tell how to make both."""
+    make = ssl.create_default_context
+
+    def strict(**files: Any) -> ssl.SSLContext:
+        context = make(**files)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    authority, server = plain_pair()
+    (tmp_path / CA).write_text(authority)
+    (tmp_path / "server").write_text(server.certificate + server.key)
+    here = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    here.load_cert_chain(tmp_path / "server")
+    shake(here, Tls(ca=tmp_path / CA).context(), "localhost")
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
+        shake(here, Tls(ca=tmp_path / CA).context(), "elsewhere")
+    (tmp_path / CA).write_text(AUTHORITY.pair.certificate)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(here, Tls(ca=tmp_path / CA).context(), "localhost")
 
 
 @pytest.mark.parametrize("name", ["bus.example.org", "192.168.1.10", "::1"])

@@ -107,7 +107,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: {"w": np.full(3, 2.0**41, np.float32)}}, "beyond 2^40"),
     ({"default_plan": 7}, "default_plan raised "),
     ({"samples": "many"}, "the trainer has many samples"),
-    ({"metrics": {"loss": "low"}}, "what the task returned cannot be used: TypeError"),
+    ({"metrics": {"loss": "low"}}, "TypeError: the metric 'loss' is of the type str: it must be one number"),
 ]  # fmt: skip
 NOTED: list[tuple[dict[str, Any], str]] = [
     ({"made": lambda: {"w": draws.normal(size=300).astype(np.float32)}}, "another model for the same seed"),

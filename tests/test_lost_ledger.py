@@ -1,6 +1,7 @@
 """A folder whose ledger is lost: every command says to restore a backup, and the restore works."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from support.small_world import LAB, Bench, initial_model, make_directory
 from ternbus.aggregator.shell import administration, backup
 from ternbus.aggregator.shell.checking import check
 from ternbus.aggregator.shell.cli import app
-from ternbus.aggregator.store.ledger import LEDGER
+from ternbus.aggregator.store.ledger import LEDGER, Ledger
+from ternbus.aggregator.store.migration import refusal
+from ternbus.aggregator.store.schema import FORMAT
 from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.model_files import save_safetensors
 
@@ -65,3 +68,26 @@ def test_what_it_says_to_do_works(lost: Path) -> None:
         check(out)
     assert CliRunner().invoke(app, ["restore", str(made), str(lost)]).exit_code == 0
     assert check(lost).faults == ()
+
+
+def test_a_ledger_that_is_lost_under_a_running_aggregator_is_named_and_no_empty_one_is_made(tmp_path: Path) -> None:
+    bench = Bench(make_directory(tmp_path / "agg"))
+    path = tmp_path / "agg" / LEDGER
+    with ThreadPoolExecutor(1) as beside:
+        ledger = Ledger(path, beside=beside)
+        for each in path.parent.glob(f"{LEDGER}*"):
+            each.rename(tmp_path / each.name)
+        ledger._clear_log(beside)
+        beside.submit(int).result()  # that was done
+        with pytest.raises(CorruptError, match=r"ledger\.sqlite is missing: restore a backup"):
+            ledger._clear_log(beside)
+        assert not path.exists()
+        ledger.close()
+    bench.close()
+
+
+@pytest.mark.parametrize("command", ["run", "up"])
+def test_a_ledger_of_an_earlier_format_is_migrated_by_the_command_that_made_it(command: str, tmp_path: Path) -> None:
+    if command == "up":
+        (tmp_path / "broker").mkdir()
+    assert f"`ternbus aggregator {command} {tmp_path}` migrates it" in str(refusal(tmp_path / LEDGER, FORMAT - 1))

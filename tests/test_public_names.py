@@ -154,3 +154,12 @@ def test_prose_names_no_private_module() -> None:
         and name not in {*PUBLIC, *TASK_MODULES}
     }
     assert not {name for name in found if not name.startswith("ternbus.edge.tasks.")}
+
+
+def test_a_name_that_needs_torch_says_so_where_there_is_none() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "try:\n    from ternbus.edge import TorchTask\nexcept ModuleNotFoundError as error:\n    print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said == "ternbus.edge.TorchTask needs torch: pip install torch torchvision\n"

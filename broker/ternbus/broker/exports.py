@@ -15,7 +15,13 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
     def find(name: str) -> Any:
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        found = getattr(__import__(places[name], fromlist=[name]), name)  # as `from MODULE import NAME`
+        try:
+            found = getattr(__import__(places[name], fromlist=[name]), name)  # as `from MODULE import NAME`
+        except ModuleNotFoundError as error:
+            if error.name not in {"torch", "torchvision"}:
+                raise
+            text = f"{package}.{name} needs {error.name}: pip install torch torchvision"
+            raise ModuleNotFoundError(text, name=error.name) from error
         setattr(sys.modules[package], name, found)
         return found
 

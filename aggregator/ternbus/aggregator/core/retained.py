@@ -177,7 +177,7 @@ class Retained:
     def disconnected(self, now: float, *, is_contested: bool) -> list[Action]:
         """What was not acknowledged, or has not come, may be lost. ``is_contested``: see `Reconnect.failed`."""
         text = contested(f"{AGGREGATOR}-{self.versions.settings.federation}") if is_contested else ""
-        if is_contested and self.awaited:  # mosquitto does so with a message above its message_size_limit
+        if is_contested and self.awaited:  # as nats-server does
             text += f". Or does the broker end a connection at too large a message? Then {self._advice(TOO_LARGE)}"
         self._unsure = self._unsure or bool(self.awaited or self._chunk)
         self._forget()

@@ -139,6 +139,8 @@ class Reader:
         try:
             with blaming(self.directory):
                 state, seen = self._read()
+        except ConfigError as error:  # of the settings, as a rule; it names the file
+            fault = str(error)
         except (FederationError, OSError) as error:
             fault = f"the ledger cannot be read: {error}"
         except Exception:  # noqa: BLE001 - a bug must not leave old figures on the page as if they were new

@@ -7,9 +7,9 @@ from pathlib import Path
 from ternbus.aggregator.core.findings import Level
 from ternbus.aggregator.core.registry import ACTIVE
 from ternbus.aggregator.shell import administration, examination, transport
-from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control
 from ternbus.aggregator.store.ledger import LEDGER, blaming
+from ternbus.aggregator.store.remedy import start_command
 from ternbus.broker import checkup
 from ternbus.broker.checkup import Grade, Result, failed, ok, warning
 from ternbus.broker.errors import FederationError

@@ -13,9 +13,9 @@ from ternbus.aggregator.core.health_view import Certificate, DeviceView, View
 from ternbus.aggregator.core.registry import ACTIVE
 from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
-from ternbus.aggregator.shell.quickstart import BROKER, start_command
 from ternbus.aggregator.store import answers, control, private_status, status
 from ternbus.aggregator.store.ledger import reading
+from ternbus.aggregator.store.remedy import BROKER, start_command
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.files import expanded
 from ternbus.broker.link.tls import CA, CERTIFICATE

@@ -12,6 +12,7 @@ from ternbus.aggregator.settings import Settings
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.store import lost_ledger, membership, swapping
 from ternbus.aggregator.store.ledger import LEDGER, reading
+from ternbus.aggregator.store.remedy import BROKER
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import write_secret
 from ternbus.broker.log_levels import ERROR
@@ -22,7 +23,6 @@ from ternbus.broker.protocol.identity import check_device, check_federation
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.broker.server import running
 
-BROKER: Final = "broker"
 INVITATIONS: Final = "invitations"
 FEDERATION: Final = "home"  # its name, where none is given
 HOST: Final = "127.0.0.1"  # likewise
@@ -82,11 +82,6 @@ def check_names(first: First, devices: Sequence[str], evaluators: Sequence[str])
         check_device(name)
     if both := sorted(set(devices) & set(evaluators)):
         raise ConfigError(f"{both[0]} cannot be a device and an evaluator: use two names")
-
-
-def start_command(directory: Path) -> str:
-    """The command that starts what is in the directory: `run` would wait for the broker that `up` made there."""
-    return "up" if (directory / BROKER).is_dir() else "run"
 
 
 def start_broker(directory: Path, engine: running.Engine, first: First) -> running.RunningBroker:

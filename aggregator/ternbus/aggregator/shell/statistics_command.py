@@ -12,9 +12,9 @@ from ternbus.aggregator.core.findings import of_devices
 from ternbus.aggregator.core.statistics import ANSWERED, INVALID, REFUSED
 from ternbus.aggregator.shell import administration
 from ternbus.aggregator.shell.arguments import AsJson, Dir
-from ternbus.aggregator.shell.quickstart import start_command
 from ternbus.aggregator.store import control, membership, statistics_rows
 from ternbus.aggregator.store.ledger import reading
+from ternbus.aggregator.store.remedy import start_command
 from ternbus.broker.errors import ConfigError, FederationError
 from ternbus.broker.path_errors import quoted
 from ternbus.broker.plural import counted

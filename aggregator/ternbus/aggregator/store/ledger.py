@@ -165,6 +165,8 @@ class Ledger:
         if self._checkpoint is not None:
             if not self._checkpoint.done():
                 return
+            if not self.path.exists():
+                raise lost_ledger.missing(self.path)
             self._checkpoint.result()
         self._checkpoint, self._checkpoint_at = beside.submit(checkpoint, self.path), time.monotonic()
 

@@ -11,7 +11,8 @@ from ternbus.broker.crash_points import reached
 
 def checkpoint(path: Path) -> None:
     """Move SQLite's write-ahead log into its file. Else a commit does so now and then, and everything waits."""
-    with closing(sqlite3.connect(path, isolation_level=None, timeout=30.0)) as db:
+    name = f"{path.absolute().as_uri()}?mode=rw"  # never make one: an empty file looks damaged
+    with closing(sqlite3.connect(name, isolation_level=None, timeout=30.0, uri=True)) as db:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA wal_checkpoint(PASSIVE)")
     reached("log-moved")

@@ -10,7 +10,7 @@ from typing import Final
 
 from ternbus.aggregator.store import checksums, format_1, format_5, format_6, format_7, format_8
 from ternbus.aggregator.store.bodies import BODIES
-from ternbus.aggregator.store.remedy import remedy
+from ternbus.aggregator.store.remedy import remedy, start_command
 from ternbus.aggregator.store.schema import FORMAT
 from ternbus.aggregator.store.vectors import VECTORS
 from ternbus.broker import store_format
@@ -48,7 +48,8 @@ FORMATS: Final = Formats(
 
 def refusal(path: Path, found: object) -> ConfigError | CorruptError:
     """Why a ledger of this format cannot be used as it is, and what to do."""
-    return FORMATS.refusal(path, found, f"`ternbus aggregator run {quoted(path.parent)}` migrates it when it starts")
+    command = f"ternbus aggregator {start_command(path.parent)} {quoted(path.parent)}"
+    return FORMATS.refusal(path, found, f"`{command}` migrates it when it starts")
 
 
 def migrate(path: Path) -> None:

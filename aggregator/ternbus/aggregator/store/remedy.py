@@ -3,10 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from ternbus.broker import files
 from ternbus.broker.errors import CorruptError
 from ternbus.broker.path_errors import quoted
+
+BROKER: Final = "broker"  # the folder of the broker that `ternbus aggregator up` made
+
+
+def start_command(directory: Path) -> str:
+    """The command that starts what is in the directory: `run` would wait for the broker that `up` made there."""
+    return "up" if (directory / BROKER).is_dir() else "run"
 
 
 def remedy(directory: Path) -> str:

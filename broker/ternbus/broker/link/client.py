@@ -10,10 +10,13 @@ import errno
 import struct
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 from paho.mqtt.client import PUBACK, PUBLISH, Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 
 from ternbus.broker.link.window import Backlog
 
@@ -25,6 +28,7 @@ LENGTH_BYTES_MAX: Final = 4  # of the length of properties
 QOS_BITS: Final = 0x06  # in the first byte of a PUBLISH packet
 QOS_1: Final = 0x02
 RETAIN: Final = 0x01
+TOO_LARGE: Final = 149  # a reason code
 PUBACK_OF: Final = struct.Struct("!BBH")  # a packet: its type, the length of what follows, and the message's identifier
 
 
@@ -113,6 +117,21 @@ class BoundedClient(Client):
         message.payload = bytes(memoryview(packet)[start:])
         self._handle_on_message(message)
         return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def _handle_pubackcomp(self, cmd: Literal["PUBACK", "PUBCOMP"]) -> MQTTErrorCode:
+        """Take "packet too large" in a PUBACK, with which mosquitto refuses what is above its message_size_limit.
+
+        MQTT 5.0 has this code for other packets only, so paho would end the connection, and nobody would know why.
+        """
+        packet = self._in_packet["packet"]
+        if self._protocol != MQTTProtocolVersion.MQTTv5 or cmd != "PUBACK" or packet[2:3] != bytes([TOO_LARGE]):
+            return super()._handle_pubackcomp(cmd)
+        mid = int.from_bytes(packet[:2], "big")
+        with self._out_message_mutex:
+            if mid not in self._out_messages:
+                return MQTTErrorCode.MQTT_ERR_SUCCESS
+            code = ReasonCode(PacketTypes.DISCONNECT, identifier=TOO_LARGE)
+            return self._do_on_publish(mid, code, Properties(PacketTypes.PUBACK))  # type: ignore[no-untyped-call]
 
     def _refuse(self, fault: str) -> MQTTErrorCode:
         """End the connection for this reason."""

@@ -72,7 +72,7 @@ class Uplink:
     def connected(self, event: Connected, now: float) -> list[Log]:
         """Send again on the new connection, in smaller parts where the broker does not take those that there are.
 
-        Not every broker says what it takes: mosquitto ends a connection at a message above its message_size_limit.
+        Not every broker says what it takes, and on MQTT 3.1.1 it can refuse a message only by ending the connection.
         """
         update = self.pending.state.outstanding
         if self._lost < LOST_MAX and update is not None and self._in_transit[update.seq]:

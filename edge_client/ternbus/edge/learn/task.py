@@ -4,6 +4,7 @@ Tensors are numpy arrays by name, so a trainer can use any framework.
 """
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,8 @@ class Trained:
     `metrics` has `loss` (the mean over the training batches), the task's own metrics, such as `accuracy`, of the
     outputs in training, `seconds` and `steps`. `local` has trained tensors by other names that stay on the device: it
     keeps them with the update, and the next `start`, like the tensors that are evaluated, has them beside the model's.
-    Raises `TrainingError` if any tensor has a NaN or an infinity.
+    Raises `TrainingError` if any tensor has a NaN or an infinity, `TypeError` for what is no number: a metric, or
+    samples that are not whole. Numbers of numpy become Python's, since only these can be sent.
     """
 
     tensors: Tensors
@@ -39,6 +41,8 @@ class Trained:
     local: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", whole_number(self.samples))
+        object.__setattr__(self, "metrics", {name: _number(name, value) for name, value in self.metrics.items()})
         with np.errstate(over="ignore", invalid="ignore"):
             strange = [name for name, tensor in (*self.tensors.items(), *self.local.items()) if not _is_finite(tensor)]
         if strange:
@@ -46,6 +50,24 @@ class Trained:
                 f"training diverged ({strange[0]} is not finite): lower the plan's learning_rate, or remove NaN from "
                 "the data"
             )
+
+
+def whole_number(samples: object) -> int:
+    """The number of samples that the code of a task gives."""
+    try:
+        return operator.index(samples)  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(samples).__name__
+        raise TypeError(f"samples is {samples!r}, of the type {kind}: it must be a whole number") from None
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        pass
+    raise TypeError(f"the metric {name!r} is of the type {type(value).__name__}: it must be one number")
 
 
 def _is_finite(tensor: FloatArray) -> bool:
@@ -70,6 +92,8 @@ class Evaluation:
     better: Mapping[str, Direction] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", whole_number(self.samples))
+        object.__setattr__(self, "values", {name: _number(name, value) for name, value in self.values.items()})
         for name, direction in self.better.items():
             if direction not in DIRECTIONS:
                 raise ConfigError(

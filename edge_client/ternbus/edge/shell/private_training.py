@@ -21,7 +21,7 @@ from ternbus.edge.learn.kinds import statistics_of
 from ternbus.edge.learn.local_state import packed
 from ternbus.edge.learn.noise import RandomSource, differences, noisy_change
 from ternbus.edge.learn.sum_content import SumContent
-from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError
+from ternbus.edge.learn.task import PrivateTrainer, Trained, Trainer, TrainingError, whole_number
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.plan.privacy import PRIVACY_METRICS, SAMPLE, SUM, Account, Charge, cost, sum_cost
@@ -53,7 +53,8 @@ def train(trainer: Trainer, job: StartTraining, random_source: RandomSource) -> 
     Raises `ConfigError` if the task cannot train with the plan's `dp`.
     """
     plan = job.plan
-    samples = trainer.samples if plan.dp == SAMPLE else 1  # an adapter may have to train for it, which may fail
+    # an adapter may have to train for the number, which may fail
+    samples = whole_number(trainer.samples) if plan.dp == SAMPLE else 1
     planned = _planned(job, samples)
     account = charged(job.account, planned, plan)
     if not account.epsilon <= plan.dp_epsilon:

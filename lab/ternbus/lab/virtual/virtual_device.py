@@ -30,7 +30,7 @@ from ternbus.edge.core.core import Core
 from ternbus.edge.core.follower import InitialModel
 from ternbus.edge.core.profile import Profile
 from ternbus.edge.core.state import State
-from ternbus.edge.learn.task import Trainer
+from ternbus.edge.learn.task import Trainer, whole_number
 from ternbus.edge.shell.worker import evaluate, fine_tune
 from ternbus.lab.hostile import HostileTrainer
 from ternbus.lab.virtual.clock import Alarm, Clock
@@ -98,7 +98,7 @@ class VirtualDevice:
     def samples(self) -> int:
         """Those that it trains on; a hostile device may report another number."""
         trainer = self._body.trainer
-        return trainer.honest.samples if isinstance(trainer, HostileTrainer) else trainer.samples
+        return whole_number(trainer.honest.samples if isinstance(trainer, HostileTrainer) else trainer.samples)
 
     @property
     def classes(self) -> Mapping[str, int]:
