@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.small_world import accepted_update, float32_block, ternary_block
-from ternbus.aggregator.merge import mean
+from ternbus.aggregator.merge import mean, robust
 from ternbus.aggregator.merge.accepted import AcceptedUpdate
 from ternbus.aggregator.merge.mean import Mean
 from ternbus.aggregator.merge.robust import Buffered, cap, gather, trimmed
@@ -347,3 +347,19 @@ def test_the_plain_mean_keeps_no_blocks() -> None:
     assert isinstance(gather(MergeSettings(), SCHEMA), Mean)
     assert isinstance(gather(MergeSettings(max_share=0.9), SCHEMA), Buffered)
     assert isinstance(gather(MergeSettings(rule="median"), SCHEMA), Buffered)
+
+
+def test_a_cap_has_the_same_bits_with_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on sum() compensates for rounding: a ledger of before would be replayed to other versions."""
+    buffer = [Sent(f"d{number}", number, number + 3, 1.0, True) for number in range(7)]
+    buffer += [Sent("d0", number, 1000 + number, 1.0, True) for number in range(5)]
+    monkeypatch.setattr(robust, "sum", math.fsum, raising=False)
+    change = merged(MergeSettings(max_share=0.3), buffer)
+    total = sum(sent.samples for sent in buffer if sent.device == "d0")
+    most = cap([total, *(number + 3 for number in range(1, 7))], 0.3)
+    samples = [sent.samples * min(1.0, most / total) if sent.device == "d0" else float(sent.samples) for sent in buffer]
+    added = 0.0
+    for each in samples:
+        added += each
+    assert added != math.fsum(samples)
+    assert list(change.weights) == [each / added for each in samples]

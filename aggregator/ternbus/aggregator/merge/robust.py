@@ -68,7 +68,10 @@ class Buffered:
             totals[update.device] = totals.get(update.device, 0) + update.samples
         most = cap(list(totals.values()), self.about.max_share)
         samples = [update.samples * min(1.0, most / totals[update.device]) for update, _ in self._updates]
-        return [each * update.discount / sum(samples) for each, (update, _) in zip(samples, self._updates, strict=True)]
+        total = 0.0
+        for each in samples:  # sum() rounds otherwise from Python 3.12 on, and a ledger is replayed to the same bits
+            total += each
+        return [each * update.discount / total for each, (update, _) in zip(samples, self._updates, strict=True)]
 
     def _sum(self, weights: Sequence[float]) -> Change:
         total = Accumulator(self.schema)
