@@ -55,11 +55,14 @@ class OnDisk(Helper):
 
     def again(self, folder: Path) -> "OnDisk":
         """Another process on this folder."""
-        self.store.__exit__(None, None, None)
+        self.end()
         self.on(folder)
         self.wait(60.0)
         self.connect()
         return self
+
+    def end(self) -> None:
+        self.store.__exit__(None, None, None)
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def helper(tmp_path: Path) -> Iterator[OnDisk]:
     made = OnDisk().on(tmp_path)
     made.connect()
     yield made
-    made.store.__exit__(None, None, None)
+    made.end()
 
 
 def set_of(helper: Helper, *devices: str, version: int = 4) -> Asked:
@@ -126,7 +129,7 @@ def test_a_store_on_disk_answers_as_one_in_memory(
     for names in ("ab", "bc", "ac", "abc", "cd"):
         asked = set_of(one, *names)
         assert one.ask(asked, OPEN) == two.ask(asked, OPEN)
-    one.store.__exit__(None, None, None)
+    one.end()
 
 
 def test_the_roster_has_each_key_once_and_one_active_key_for_each_name(helper: OnDisk, tmp_path: Path) -> None:
@@ -280,3 +283,4 @@ def test_keys_that_the_aggregator_put_on_the_roster_are_not_on_the_helper_s_own(
     answer = helper.ask(set_of(helper, "ghost-1", "ghost-2", "pi-1", version=5), PREPARE)
     assert (answer.outcome, answer.updates) == ("refused", ("ghost-1", "ghost-2"))
     assert helper.ask(set_of(helper, "pi-1", "pi-2", version=5), PREPARE).outcome == "prepared"
+    helper.end()
