@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ternbus.broker import files
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import (
     CHUNK_BYTES,
+    check_secret,
     chunks,
     is_locked,
     lock,
@@ -37,6 +39,43 @@ def test_a_key_file_is_kept_to_its_owner(tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(ConfigError, match="chmod 600"):
         read_key(path)
+
+
+def test_a_group_that_may_only_read_a_secret_was_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "secret"
+    write_secret(path, b"secret")
+    path.chmod(0o440)  # which no umask makes
+    assert check_secret(path) == path
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    path.chmod(0o640)  # of root, say, for the group of a service
+    assert check_secret(path) == path
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o444, 0o604, 0o602])
+def test_a_secret_of_everybody_is_taken_only_where_nobody_can_close_it(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a secret"
+    write_secret(path, b"secret")
+    path.chmod(mode)
+    with pytest.raises(ConfigError) as refused:
+        check_secret(path)
+    assert str(refused.value).endswith(f"run: chmod 600 '{path}'")
+    owner = path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ConfigError) as refused:
+        check_secret(path)
+    assert str(refused.value).endswith(f"run: sudo chown {owner + 1} '{path}' && sudo chmod 600 '{path}'")
+    monkeypatch.setattr(files, "is_read_only", lambda _: True)  # as a secret is mounted into a container
+    assert check_secret(path) == path
+
+
+def test_a_folder_in_place_of_a_secret_is_called_one(tmp_path: Path) -> None:
+    for mode in (0o700, 0o755):
+        tmp_path.chmod(mode)
+        with pytest.raises(ConfigError, match="is a folder: give the path of a file that holds the secret"):
+            read_secret(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"00" * 31, b"zz" * 32, b"\xff\xfe"])

@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
 
-from ternbus.broker.files import is_exposed, is_read_only
+from ternbus.broker.files import closing, is_exposed, is_read_only
 from ternbus.broker.path_errors import WRITABLE_AGAIN
 from ternbus.broker.version import software
 
@@ -102,11 +102,11 @@ def secrets(paths: Iterable[Path]) -> Iterator[Result]:
         if not path.exists():
             continue
         if is_exposed(path):
-            yield error("keys", f"other users can read {path}", f"chmod 600 {path}")
+            yield error("keys", f"other users can read {path}", closing(path))
         elif not os.access(path, os.R_OK):
             yield error("keys", f"{path} cannot be read by this user", "run the command as the owner of the file")
         else:
-            yield ok("keys", f"{path} is for its owner only")
+            yield ok("keys", f"{path} is closed to other users")
 
 
 def writable(folder: Path) -> Result:

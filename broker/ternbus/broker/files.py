@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,9 +107,9 @@ def fault(error: OSError, path: Path, what: str = "") -> ConfigError | StorageEr
     return ConfigError(text) if error.errno in WRONG_PATH else StorageError(text)
 
 
-def is_read_only(folder: Path) -> bool:
-    """Whether the folder's file system is mounted for reading only, as a failing disk ends up."""
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+def is_read_only(path: Path) -> bool:
+    """Whether the file system of a file or folder is mounted for reading only, as a failing disk ends up."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def is_full(folder: Path) -> bool:
@@ -184,8 +183,25 @@ def write_secret(path: Path, secret: bytes) -> None:
 
 
 def is_exposed(path: Path) -> bool:
-    """Whether the mode gives other users of this machine any permission; OSError if there is no such file."""
-    return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+    """Whether other users of this machine can read or change a secret; OSError if there is no such file.
+
+    A group that may only read was chosen where nobody may write (0440, as in Kubernetes), or the file is another
+    user's: a umask makes our own 0640 by chance. Where the file system is read-only here, nobody can change the mode:
+    a secret of Docker is there for everybody in the container.
+    """
+    found = path.stat()
+    is_chosen = not found.st_mode & 0o222 or not _can_close(found)
+    return bool(found.st_mode & (0o037 if is_chosen else 0o077)) and not is_read_only(path)
+
+
+def closing(path: Path) -> str:
+    """The command that closes a secret to other users, and leaves it to this one."""
+    taken = "" if _can_close(path.stat()) else f"sudo chown {os.geteuid()} {quoted(path)} && sudo "
+    return f"{taken}chmod 600 {quoted(path)}"
+
+
+def _can_close(found: os.stat_result) -> bool:
+    return os.geteuid() in {0, found.st_uid}
 
 
 def check_secret(path: Path) -> Path:
@@ -194,8 +210,10 @@ def check_secret(path: Path) -> Path:
         exposed = is_exposed(path)
     except OSError as error:
         raise fault(error, path, "cannot read ") from error
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give the path of a file that holds the secret")
     if exposed:
-        raise ConfigError(f"{path} holds a secret that other users can read; run: chmod 600 {quoted(path)}")
+        raise ConfigError(f"{path} holds a secret that other users can read; run: {closing(path)}")
     return path
 
 
@@ -208,8 +226,11 @@ def read_secret(path: Path) -> bytes:
 
 
 def read_password(path: Path) -> str:
-    """The password in the first line of a file with mode 0600; ConfigError if that line is empty."""
-    password = read_secret(path).decode("utf-8", "replace").partition("\n")[0].rstrip("\r")
+    """The password in the first line of a secret file; ConfigError if that line is empty, or no UTF-8."""
+    try:
+        password = read_secret(path).partition(b"\n")[0].decode().rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} has a password that is not UTF-8; save the file as UTF-8 text") from error
     if not password:
         raise ConfigError(f"{path} has no password in its first line; write the password there")
     return password
