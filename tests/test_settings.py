@@ -80,6 +80,7 @@ BOUNDS: dict[str, tuple[list[object], list[object]]] = {
     "transport.authority": (["", "/srv/broker"], [3, True]),
     "transport.username": (["", "someone"], [3]),
     "transport.password_file": (["", "password"], [3]),
+    "transport.no_tls": ([True, False], ["yes", 1]),
     "plan.local_epochs": ([0, 0.5, 3], [-1, "1", True, float("nan")]),
     "plan.local_steps": ([1, 50], [0, 1.5]),
     "plan.batch_size": ([1, 32], [0, 32.0]),

@@ -11,6 +11,7 @@ from ternbus.aggregator.plan_settings import PlanCheck
 from ternbus.aggregator.private_settings import PRIVATE_DOC, PrivateSettings, plan_with_codec
 from ternbus.aggregator.search_settings import SEARCH_DOC, SearchSettings
 from ternbus.aggregator.sections import key, section
+from ternbus.aggregator.transport_settings import TransportSettings
 from ternbus.aggregator.version_settings import CanarySettings, VersionSettings
 from ternbus.broker import toml
 from ternbus.broker.errors import ConfigError
@@ -178,15 +179,6 @@ class InvitationSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransportSettings:
-    """How the broker is reached, besides the certificates in this directory."""
-
-    authority: str = key("", "directory of the broker (`ternbus broker init`) that signs the devices' certificates")
-    username: str = key("", "user name at the broker; empty: aggregator-FEDERATION")
-    password_file: str = key("", "file with the broker's password in its first line, mode 0600")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole file."""
 
@@ -333,6 +325,7 @@ def from_table(table: Mapping[str, Any], source: str = "aggregator.toml") -> Set
         search=SearchSettings.from_table(table.get("search"), f"{source}: search"),
         **sections,
     )
+    made.transport.check(made.broker, f"{source}: transport.no_tls = true")
     if made.search is not None:
         made.search.check(plan, f"{source}: search", is_private=private is not None, dp=made.noise_of_plan[0])
     return made

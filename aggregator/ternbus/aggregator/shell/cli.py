@@ -10,7 +10,6 @@ import typer
 
 from ternbus.aggregator.core.findings import unmerged
 from ternbus.aggregator.plan_settings import PlanCheck
-from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import (
     administration,
     dashboard_process,
@@ -44,6 +43,7 @@ from ternbus.aggregator.shell.transport import in_folder as credentials_in
 from ternbus.aggregator.store import control, private_status
 from ternbus.aggregator.store import status as statuses
 from ternbus.aggregator.store.ledger import blaming
+from ternbus.aggregator.transport_settings import TransportSettings
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.exit_codes import EXIT_FAILED
 from ternbus.broker.files import read_password
@@ -52,10 +52,11 @@ from ternbus.broker.kept_memory import keep_freed
 from ternbus.broker.log_levels import ERROR, WARNING
 from ternbus.broker.log_option import LogFormat, LogOption
 from ternbus.broker.log_output import LogOutput, take_library_lines
+from ternbus.broker.login_options import NoTls, PasswordFile
 from ternbus.broker.path_errors import quoted
 from ternbus.broker.plain_help import command_group
 from ternbus.broker.plural import counted
-from ternbus.broker.protocol.endpoint import is_loopback
+from ternbus.broker.protocol.endpoint import check_login, is_loopback
 from ternbus.broker.server.running import Engine, RunningBroker
 from ternbus.broker.stop_signals import on_stop
 from ternbus.broker.sums.terms import MASK
@@ -69,10 +70,6 @@ app.add_typer(log_commands.app, name="log")
 
 Username = Annotated[
     str, typer.Option(metavar="NAME", help="User name at the broker. [default: aggregator-FEDERATION]")
-]
-PasswordFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
 ]
 
 Tls = Annotated[
@@ -109,6 +106,7 @@ def init(
     ] = None,
     username: Username = "",
     password_file: PasswordFile = None,
+    no_tls: NoTls = False,
     settings: Settings = None,
     allowed: AllowPlanKeys = None,
     private: Private = False,
@@ -132,7 +130,7 @@ def init(
     url = _broker_url(broker, broker_dir)
     credentials = credentials_in(tls) if tls is not None else None
     act_as_owner(directory)
-    overrides |= _login(username, password_file)
+    overrides |= _login(url, username, password_file, no_tls=no_tls)
     administration.create(
         directory,
         federation=federation,
@@ -145,8 +143,7 @@ def init(
     )
     tensors, elements = counted(len(first.tensors), "tensor"), sum(array.size for array in first.tensors.values())
     typer.echo(f"{directory}: federation {federation!r}, {tensors}, {elements:,} parameters")
-    invited = "--helper NAME" if private else "DEVICE"
-    shown = quoted(directory)
+    shown, invited = quoted(directory), "--helper NAME" if private else "DEVICE"
     typer.echo(f"next: ternbus aggregator run {shown}   and   ternbus aggregator invite {shown} {invited}")
 
 
@@ -169,17 +166,20 @@ def _broker_url(broker: str | None, broker_dir: Path | None) -> str:
     return BrokerDirectory(broker_dir.absolute()).url
 
 
-def _login(username: str, password_file: Path | None) -> dict[str, object]:
+def _login(url: str, username: str, password_file: Path | None, *, no_tls: bool) -> dict[str, object]:
     """As settings. The password itself stays in its file, and goes into no invitation; the directory's owner reads it.
 
-    Raises `ConfigError` where this user, as whom `run` reads it, cannot.
+    Raises `ConfigError` where this user, as whom `run` reads it, cannot, and where it would be sent unencrypted.
     """
+    check_login(url, password_file, no_tls=no_tls)
     entries: dict[str, object] = {}
     if username:
         entries["transport.username"] = username
     if password_file is not None:
         read_password(password_file)  # a mistake is best said before
         entries["transport.password_file"] = str(password_file.resolve())
+    if no_tls:
+        entries["transport.no_tls"] = True
     return entries
 
 
@@ -196,6 +196,7 @@ def run(
     *,
     username: Username = "",
     password_file: PasswordFile = None,
+    no_tls: NoTls = False,
     dashboard: dashboard_process.Address = None,
     dashboard_hosts: dashboard_process.Hosts = None,
     log: LogOption = LogFormat.TEXT,
@@ -207,11 +208,13 @@ def run(
 
     Example: ternbus aggregator run agg --dashboard 127.0.0.1:8080
     """
-    transport = administration.load_settings(directory).transport
+    settings = administration.load_settings(directory)
+    transport = replace(settings.transport, no_tls=True) if no_tls else settings.transport
     if username:
         transport = replace(transport, username=username)
     if password_file is not None:
         transport = replace(transport, password_file=str(password_file.resolve()))
+    transport.check(settings.broker, "--no-tls")
     _serve(directory, log, transport, listener=dashboard_process.listen(dashboard, dashboard_hosts or ()))
 
 

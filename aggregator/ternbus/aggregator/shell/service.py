@@ -15,12 +15,12 @@ from ternbus.aggregator.core import events, records
 from ternbus.aggregator.core.core import Core
 from ternbus.aggregator.core.events import Opened
 from ternbus.aggregator.merge.background import adders_for, summing
-from ternbus.aggregator.settings import TransportSettings
 from ternbus.aggregator.shell import backup, transport
 from ternbus.aggregator.shell.administration import exclusive, open_core
 from ternbus.aggregator.shell.preverify import WORTHWHILE_BYTES, Preverifier
 from ternbus.aggregator.store import control, disk
 from ternbus.aggregator.store.ledger import Ledger, writing
+from ternbus.aggregator.transport_settings import TransportSettings
 from ternbus.broker.crash_points import publishing, reached
 from ternbus.broker.errors import LinkError
 from ternbus.broker.link.link import (

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ternbus.aggregator.settings import Settings, TransportSettings
+from ternbus.aggregator.settings import Settings
+from ternbus.aggregator.transport_settings import TransportSettings
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import expanded, read_password, read_secret, storing, write_secret
 from ternbus.broker.link.link import Link, LinkEvent
@@ -81,6 +82,7 @@ def connect(
         qos_1_below=f"{topics.root(settings.federation)}/",
         username=access.username or client_name(settings.federation),
         password=read_password(directory / expanded(Path(access.password_file))) if access.password_file else None,
+        no_tls=access.no_tls,
         tls=Tls.in_folder(directory),
     )
 

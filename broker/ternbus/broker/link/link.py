@@ -10,7 +10,7 @@ from ternbus.broker.errors import ConfigError, LinkError
 from ternbus.broker.link.connection import MQTT_5, MQTT_311, Connection, UnsupportedProtocolError, Will
 from ternbus.broker.link.events import Arrived, Connected, Disconnected, LinkEvent, Published, Refused, Token
 from ternbus.broker.link.tls import Tls
-from ternbus.broker.protocol.endpoint import Endpoint, is_loopback
+from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_TAKEN
 
 __all__ = [
@@ -53,18 +53,19 @@ class Link:
         keepalive_s: int = 30,
         username: str | None = None,
         password: str | None = None,
+        no_tls: bool = False,
         tls: Tls | None = None,
     ) -> None:
         """Check the arguments, without a connection; ConfigError for an invalid URL, keepalive or certificate.
 
         Messages of QoS 0 on topics that begin with ``qos_1_below`` are dropped unread and counted in ``dropped``: no
-        receive maximum limits a flood of them.
+        receive maximum limits a flood of them. ``no_tls``: the password may be sent unencrypted.
         """
         self._endpoint = Endpoint.parse(url)
         if keepalive_s < 1:
             raise ConfigError(f"invalid keepalive of {keepalive_s} s: use at least 1 s")
-        if password is not None and not self._endpoint.tls and not is_loopback(self._endpoint.host):
-            raise ConfigError(f"a password for {self._endpoint} would be sent unencrypted: use mqtts://")
+        if password is not None:
+            self._endpoint.check_password(no_tls=no_tls)
         if tls is not None and not self._endpoint.tls:
             raise ConfigError(f"certificates given for {self._endpoint}, a URL without TLS: use mqtts://")
         self._tls_context = (tls or Tls()).context() if self._endpoint.tls else None

@@ -19,6 +19,15 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def check_login(url: str, password_file: object, *, no_tls: bool) -> None:
+    """Raise ConfigError for a command whose `--password-file` or `--no-tls` does not go with the broker's URL."""
+    endpoint = Endpoint.parse(url)
+    if no_tls and endpoint.tls:
+        raise ConfigError(f"--no-tls given for {endpoint}, a URL with TLS: leave --no-tls out")
+    if password_file:
+        endpoint.check_password(no_tls=no_tls)
+
+
 def is_same_host(one: str, other: str) -> bool:
     """Whether two names or addresses are spellings of one host, as ``localhost``, ``LOCALHOST.`` and 127.0.0.1."""
     return _usual_spelling(one) == _usual_spelling(other)
@@ -56,6 +65,17 @@ class Endpoint:
         if parts.scheme not in PORTS or not parts.hostname or extra or port == 0:
             raise ConfigError(f"invalid broker URL {url!r}: use {wanted}")
         return cls(host=parts.hostname, port=port or PORTS[parts.scheme], tls=parts.scheme == "mqtts")
+
+    def check_password(self, *, no_tls: bool, switch: str = "--no-tls") -> None:
+        """Raise ConfigError if a password for this broker would be sent unencrypted, and its owner did not allow that.
+
+        ``switch`` is how the owner allows it where the password is set.
+        """
+        if not (no_tls or self.tls or is_loopback(self.host)):
+            raise ConfigError(
+                f"a password for {self} would be sent unencrypted: use mqtts://, or {switch} if you trust everyone on "
+                "the network"
+            )
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -192,6 +192,7 @@ def make_link(home: DeviceDirectory, settings: Settings) -> Callable[[Callable[[
             client_id=settings.device,
             username=settings.username or settings.device,
             password=read_password(settings.password_path) if settings.password_path is not None else None,
+            no_tls=settings.may_lack_tls,
             deliver=deliver,
             tls=home.tls(),
             frame_bytes=settings.frame_limit,

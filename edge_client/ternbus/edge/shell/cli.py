@@ -15,6 +15,7 @@ from ternbus.broker.exit_codes import EXIT_CONFIG, EXIT_DONE, EXIT_REFUSED
 from ternbus.broker.files import check_readable, expanded
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.json_output import json_output
+from ternbus.broker.login_options import NoTls, PasswordFile
 from ternbus.broker.model_files import save_safetensors
 from ternbus.broker.plain_help import command_group
 from ternbus.broker.plural import counted
@@ -62,10 +63,6 @@ Seed = Annotated[
     ),
 ]
 Username = Annotated[str, typer.Option(metavar="NAME", help="User name at the broker, if it is not the device's name.")]
-PasswordFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
-]
 Renew = Annotated[
     bool, typer.Option("--renew", help="Replace the key of a device that has joined; keep everything else.")
 ]
@@ -121,6 +118,7 @@ def join(
     seed: Seed = 0,
     username: Username = "",
     password_file: PasswordFile = None,
+    no_tls: NoTls = False,
     dp: Dp = "",
     max_epsilon: MaxEpsilon = None,
     max_delta: MaxDelta = 1e-5,
@@ -149,24 +147,23 @@ def join(
 ) -> None:
     """Join a federation: make a key, enroll it with the invitation's code, check that the task's model fits.
 
-    The command waits for a broker and an aggregator that are not reachable yet. It can be repeated after an
-    interruption, with `--run` or `--evaluate` also after the device has joined: it then only trains or evaluates.
-    `--renew` replaces the key of a device that has joined. The old key stays valid until the new one is admitted.
+    It waits for a broker and an aggregator, and can be repeated: with `--run` or `--evaluate` also after the device has
+    joined, to train or evaluate only. `--renew` replaces its key; the old one is valid until the new one is admitted.
 
     Example: ternbus edge join pi-7.toml pi-7 --task digits --partition iid:0/8
     """
     usual = (width, partition, frame_bytes, max_seconds, max_steps, hold_out) == (1, "all", None, None, None, 0)
     sums = pinned(private, helpers or [], private_min, private_roster, private_colluding, kind=private_kind)
-    given = (data, seed, username, password_file, dp, max_epsilon, processor, sums, statistics, not usual)
+    given = (data, seed, username, password_file, no_tls, dp, max_epsilon, processor, sums, statistics, not usual)
     _check_renew(renew, task, any(given))
     role = _next_role(run=then_run, evaluate=then_evaluate, trains=bool(reports or fine_tune), stay=stay)
     policy, limits = _policy(dp, max_epsilon, max_delta, private), TrainingLimits(seconds=max_seconds, steps=max_steps)
-    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory)
+    home, asked = DeviceDirectory(directory), load_invitation(invitation, directory, password_file, no_tls=no_tls)
     options = Options(timeout_s=timeout, reports=reports, fine_tune=fine_tune, stays=stay)
     prepare = partial(
         home.prepare, asked, task=task and absolute(task), data=data, partition=partition, seed=seed, hold_out=hold_out,
         width=width, processor=processor, frame_bytes=frame_bytes, username=username, password_file=password_file,
-        policy=policy, limits=limits, sums=sums, statistics=allowed(statistics, statistics_per_day),
+        no_tls=no_tls, policy=policy, limits=limits, sums=sums, statistics=allowed(statistics, statistics_per_day),
     )  # fmt: skip
     made = partial(_task_for, task, width, processor, data, f"{partition};test:{hold_out!r}" if hold_out else partition)
     goes_on = _enroll(home, asked, made, prepare, renew=renew, role=role, options=options, as_json=as_json)

@@ -24,6 +24,7 @@ from ternbus.broker.files import (
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.path_errors import quoted
 from ternbus.broker.protocol.arms import WIDTH_MIN
+from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.frame import FRAME_BYTES, FRAME_BYTES_RANGE
 from ternbus.broker.protocol.identity import Identity, check_device, check_federation, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
@@ -40,6 +41,7 @@ from ternbus.edge.store.outbox import FILE as OUTBOX
 KEY: Final = "device.key"
 TOML: Final = "edge.toml"
 LOCK: Final = "lock"
+YES: Final = "yes"
 RENEWAL: Final = "renewal"  # folder in which a new key is enrolled
 
 
@@ -67,6 +69,7 @@ class Settings:
     seed: str = ""  # of the task's initial model
     username: str = ""  # at the broker; empty for the device's name
     password_file: str = ""  # with the broker's password in its first line, mode 0600
+    no_tls: str = ""  # "yes" if the password may be sent unencrypted, on a network where you trust everyone
     frame_bytes: str = ""  # the largest MQTT payload to send; empty for what the aggregator takes
     dp: str = ""  # the kind of differential privacy that the plan must have; see docs/privacy.md
     max_epsilon: str = ""  # with dp: the largest epsilon to spend, whatever the plan allows
@@ -87,6 +90,10 @@ class Settings:
         _ = self.policy, self.limits, self.sums, self.statistics_per_day  # raise ConfigError if one is invalid
         check_device(self.device)
         check_broker_url(self.broker)
+        if self.no_tls not in {"", YES}:
+            raise ConfigError(f'edge.toml: no_tls is {self.no_tls!r}: give "{YES}", or leave it out')
+        if self.password_file:
+            Endpoint.parse(self.broker).check_password(no_tls=self.may_lack_tls, switch=f'no_tls = "{YES}" in {TOML}')
         if self.seed and not (self.seed.isascii() and self.seed.isdecimal()):
             raise ConfigError(f"edge.toml: seed is {self.seed!r}: give the number that `ternbus edge init-model` got")
         if self.frame_bytes:
@@ -162,6 +169,11 @@ class Settings:
     @property
     def password_path(self) -> Path | None:
         return expanded(Path(self.password_file)) if self.password_file else None
+
+    @property
+    def may_lack_tls(self) -> bool:
+        """Whether the owner has said that the password may be sent unencrypted."""
+        return self.no_tls == YES
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], source: str) -> Self:
@@ -274,6 +286,7 @@ class DeviceDirectory:
         frame_bytes: int | None = None,
         username: str = "",
         password_file: Path | None = None,
+        no_tls: bool = False,
         policy: PrivacyPolicy | None = None,
         limits: TrainingLimits | None = None,
         sums: SumPolicy | None = None,
@@ -301,6 +314,7 @@ class DeviceDirectory:
             frame_bytes=str(frame_bytes or ""),
             username=username,
             password_file=str(expanded(password_file).resolve()) if password_file is not None else "",
+            no_tls=YES if no_tls else "",
             **(_privacy(policy) if policy is not None else {}),
             **(_pins(sums) if sums is not None else {}),
             **(_bounds(limits) if limits is not None else {}),

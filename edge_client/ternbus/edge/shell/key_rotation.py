@@ -16,6 +16,7 @@ from ternbus.broker.crash_points import reached
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.files import read_secret, write_secret
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY
+from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.identity import Identity, seal
 from ternbus.broker.protocol.invitation import Invitation
 from ternbus.edge.core.pending_state import PendingState
@@ -80,6 +81,7 @@ def begin(
         seed=int(settings.seed or 0),
         username=settings.username,
         password_file=settings.password_path,
+        no_tls=settings.may_lack_tls and not Endpoint.parse(invitation.broker).tls,  # no way back without the owner
         policy=settings.policy,
         sums=settings.sums,
     )
@@ -104,7 +106,8 @@ def finish(home: DeviceDirectory) -> None:
             f"the key rotation of {home.folder} was interrupted, and it is not known which key is valid: "
             f"run `ternbus {command} INVITATION.toml {home.quoted}` again"
         )
-    identity, settings = renewal.identity(), replace(home.settings(), broker=renewed.broker)
+    identity, settings = renewal.identity(), home.settings()
+    settings = replace(settings, broker=renewed.broker, no_tls=renewed.no_tls)
     with Outbox(renewal.folder, identity.key_id) as outbox:
         enrolled = outbox.state
     with Outbox(home.folder, identity.key_id) as outbox:

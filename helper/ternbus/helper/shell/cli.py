@@ -11,17 +11,19 @@ import typer
 
 from ternbus.broker.errors import ConfigError, CorruptError
 from ternbus.broker.exit_codes import EXIT_FAILED
-from ternbus.broker.files import is_exposed, load_toml
+from ternbus.broker.files import is_exposed, load_toml, read_password
 from ternbus.broker.folder_owner import act_as_owner
 from ternbus.broker.log_option import LogFormat, LogOption
+from ternbus.broker.login_options import NoTls, PasswordFile
 from ternbus.broker.plain_help import command_group
+from ternbus.broker.protocol.endpoint import check_login
 from ternbus.broker.protocol.identity import check_device, is_public_key
 from ternbus.broker.protocol.invitation import HELPER, Invitation
 from ternbus.broker.sums.terms import AGGREGATOR, BFV, MASK, OWN
 from ternbus.helper.core.state import State
 from ternbus.helper.shell import inspection_commands, process
 from ternbus.helper.shell.arguments import AsJson, Dir
-from ternbus.helper.shell.directory import HelperDirectory, Settings
+from ternbus.helper.shell.directory import YES, HelperDirectory, Settings
 from ternbus.helper.shell.printer import Printer
 from ternbus.helper.store import store as stores
 from ternbus.helper.store.store import HelperStore
@@ -39,10 +41,6 @@ Roster = Annotated[
         help=f"Who says which devices there are: {AGGREGATOR}, or {OWN} (`ternbus helper admit`), which protects from "
         f"an aggregator that lies, too. [default: {AGGREGATOR}]"
     ),
-]
-PasswordFile = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="File with the broker's password in its first line; mode 0600, with TLS only."),
 ]
 
 
@@ -72,6 +70,7 @@ def init(
         str, typer.Option(metavar="NAME", help="User name at the broker, if it is not aggregator_help_NAME.")
     ] = "",
     password_file: PasswordFile = None,
+    no_tls: NoTls = False,
 ) -> None:
     """Make a helper: its key, its settings, and DIR/card.toml for the aggregator's operator.
 
@@ -83,11 +82,16 @@ def init(
     """
     asked = _load_invitation(invitation) if invitation is not None else None
     act_as_owner(directory)
+    if url := asked.broker if asked is not None else broker:
+        check_login(url, password_file, no_tls=no_tls)
+    if password_file is not None:
+        read_password(password_file)  # a mistake is best said before
     home = HelperDirectory(directory)
     options = {
         "federation": federation, "broker": broker, "helper": name, "roster": roster, "username": username,
         "kind": private_kind,
         "password_file": str(password_file.resolve()) if password_file is not None else "",
+        "no_tls": YES if no_tls else "",
     }  # fmt: skip
     given = {key: value for key, value in options.items() if value} | ({} if least is None else {"min": least})
     if home.exists:
@@ -211,13 +215,14 @@ def _invite(home: HelperDirectory, asked: Invitation | None, given: Mapping[str,
         )
     if differs := [key for key, value in given.items() if getattr(settings, key) != value]:
         raise ConfigError(f"{home.folder} has a helper with another {differs[0]}: change helper.toml, or leave it out")
+    invited = settings.invited(asked)
     stores.check(home.folder)
     with home.locked():
         home.write_certificates(asked)
         with HelperStore(home.folder, settings.roster) as store:
             if store.state is not None:
                 store.save(replace(store.state, enrolled=False))
-        home.write(settings.invited(asked))
+        home.write(invited)
 
 
 def _say_what_is_next(home: HelperDirectory) -> None:

@@ -24,6 +24,7 @@ from ternbus.broker.files import (
 )
 from ternbus.broker.link.tls import CA, CERTIFICATE, TLS_KEY, Tls
 from ternbus.broker.path_errors import quoted
+from ternbus.broker.protocol.endpoint import Endpoint
 from ternbus.broker.protocol.identity import Identity, check_federation, check_helper, is_public_key
 from ternbus.broker.protocol.invitation import Invitation, check_broker_url
 from ternbus.broker.sums import bfv
@@ -36,6 +37,7 @@ BFV_KEY: Final = "bfv.key"
 TOML: Final = "helper.toml"
 CARD: Final = "card.toml"
 LOCK: Final = "lock"
+YES: Final = "yes"
 ABOUT: Final = """\
 A Ternbus helper of private sums. Its key is in helper.key, its box keys and all that it has opened in helper.db.
 Never restore helper.db from a backup: run `ternbus helper restored DIR` instead."""
@@ -53,6 +55,7 @@ class Settings:
     aggregator_key: str = ""  # 64 hex digits; empty until the invitation
     username: str = ""  # at the broker; empty for aggregator_help_NAME
     password_file: str = ""  # with the broker's password in its first line, mode 0600
+    no_tls: str = ""  # "yes" if the password may be sent unencrypted, on a network where you trust everyone
     kind: str = MASK  # of the sums that it opens: mask, or bfv
     code: str = field(default="", repr=False)  # of the invitation, until the helper has enrolled
 
@@ -60,6 +63,10 @@ class Settings:
         check_federation(self.federation)
         check_helper(self.helper)
         check_broker_url(self.broker)
+        if self.no_tls not in {"", YES}:
+            raise ConfigError(f'no_tls is {self.no_tls!r}: give "{YES}", or leave it out')
+        if self.password_file:
+            Endpoint.parse(self.broker).check_password(no_tls=self.may_lack_tls, switch=f'no_tls = "{YES}" in {TOML}')
         if self.kind not in KINDS:
             raise ConfigError(f"kind = {self.kind!r}: write one of {', '.join(KINDS)}")
         if self.roster not in ROSTERS:
@@ -72,6 +79,11 @@ class Settings:
     @property
     def password_path(self) -> Path | None:
         return expanded(Path(self.password_file)) if self.password_file else None
+
+    @property
+    def may_lack_tls(self) -> bool:
+        """Whether the owner has said that the password may be sent unencrypted."""
+        return self.no_tls == YES
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any], source: str) -> Self:
@@ -112,7 +124,9 @@ class Settings:
                 "the invitation is from an aggregator with another key than this helper serves; if that is right, "
                 "make another helper for it"
             )
-        return replace(self, broker=invitation.broker, aggregator_key=invitation.aggregator_key, code=invitation.code)
+        no_tls = "" if Endpoint.parse(invitation.broker).tls else self.no_tls  # no way back without the owner
+        made = replace(self, broker=invitation.broker, no_tls=no_tls)
+        return replace(made, aggregator_key=invitation.aggregator_key, code=invitation.code)
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ def link_maker(home: HelperDirectory, settings: Settings) -> Callable[[Callable[
             client_id=user,
             username=settings.username or user,
             password=read_password(settings.password_path) if settings.password_path is not None else None,
+            no_tls=settings.may_lack_tls,
             deliver=deliver,
             tls=home.tls(),
             qos_1_below=f"{topics.root(settings.federation)}/",
