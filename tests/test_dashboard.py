@@ -5,6 +5,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -277,12 +278,12 @@ def test_a_damaged_ledger_is_said_and_is_no_old_figure() -> None:
 def test_a_ledger_that_another_process_locks_holds_nothing_up() -> None:
     bench = filled(scratch())
     bench.close()
-    with serving(bench.directory) as site, Ledger(bench.directory / LEDGER).db as writer:
-        writer.execute("BEGIN EXCLUSIVE")
+    with serving(bench.directory) as site, closing(Ledger(bench.directory / LEDGER)) as writer:
+        writer.db.execute("BEGIN EXCLUSIVE")
         with site.events() as stream:
             assert next_state(stream)["head"]["version"] == 4
         assert site.get("/devices").json["total"] == 3
-        writer.execute("ROLLBACK")
+        writer.db.execute("ROLLBACK")
 
 
 def test_ten_thousand_devices_are_searched_and_sorted_quickly() -> None:
