@@ -225,3 +225,31 @@ def test_an_exception_of_the_module_names_its_own_line() -> None:
 
     problems = check(task_of(Broken)).problems
     assert "KeyError: 'layer' (test_lightning_adapter.py, line" in problems[0]
+
+
+class Ranged(Digits):
+    """It assigns its buffers anew: one that travels, and one that is not finite before its first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.center: torch.Tensor
+        self.lowest: torch.Tensor
+        self.register_buffer("center", torch.zeros(64))
+        self.register_buffer("lowest", torch.full((64,), torch.inf))
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.center = 0.5 * self.center + 0.5 * batch[0].mean(0)
+        self.lowest = torch.minimum(self.lowest, batch[0].min(0).values)
+        return super().training_step(batch, index)
+
+
+def test_a_buffer_that_is_assigned_anew_travels() -> None:
+    task = task_of(Ranged)
+    start = task.initial(0)
+    assert "center" in start
+    assert "lowest" not in start
+    trained = task.trainer(data=None, partition="all").train(
+        start, plan_of(task, local_steps=2, statistics_rate=1.0), version=0, seed=0
+    )
+    assert trained.tensors.keys() == start.keys()
+    assert trained.tensors["center"].any()

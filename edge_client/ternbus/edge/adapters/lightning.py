@@ -109,19 +109,20 @@ class LightningTrainer:
 
     def train(self, start: Tensors, plan: Plan, *, version: int, seed: int) -> Trained:
         began = time.perf_counter()
-        module = self._loaded(start)
+        module, state = self._loaded(start)
         if (place := _rate_place(module)) is not None:
             setattr(*place, plan.rate(version))
         numbers = plan.batches(self.samples, np.random.default_rng(seed), time.perf_counter)
         batches = _Batches(self._samples.batches(numbers))
         with seeded(seed), _quiet():
-            TravellingState(module).begin_training()
+            state.begin_training()
             trainer = self._trainer(module, getattr(plan, "device", AUTO), limit_val_batches=0)
             trainer.fit(module, batches)
         rate = plan.statistics_rate if plan.dp == NO_DP else 0.0  # no statistic of the data travels under privacy
         took = {"seconds": time.perf_counter() - began, "steps": float(batches.count)}
         try:
-            tensors = TravellingState(module.cpu()).arrays_since(start, rate)
+            module.cpu()
+            tensors = state.arrays_since(start, rate)
             return Trained(tensors=tensors, samples=self.samples, metrics={**_logged(trainer), **took})
         except TrainingError as error:
             if plan.dp == NO_DP and (faults := self._samples.faults()):  # else others would see how long it takes
@@ -129,7 +130,7 @@ class LightningTrainer:
             raise
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
-        module = self._loaded(tensors)
+        module, _ = self._loaded(tensors)
         with seeded(0), _quiet():
             trainer = self._trainer(module, AUTO)
             size = min(EVALUATION_BATCH, self.samples)
@@ -139,11 +140,12 @@ class LightningTrainer:
             raise ConfigError(f'{kind}.validation_step() logged nothing: call self.log("val_loss", loss) there')
         return Evaluation(samples=self.samples, values=values, better=self._task.better)
 
-    def _loaded(self, tensors: Tensors) -> nn.Module:
+    def _loaded(self, tensors: Tensors) -> tuple[nn.Module, TravellingState]:
         """A copy of the module, so that nothing of a training but its tensors reaches the next."""
         module = copy.deepcopy(self._module)
-        TravellingState(module).load(tensors)
-        return module
+        state = TravellingState(module)
+        state.load(tensors)
+        return module, state
 
     def _trainer(self, module: nn.Module, asked: str, **options: object) -> Any:
         own = self._task.device

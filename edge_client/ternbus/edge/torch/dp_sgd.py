@@ -22,6 +22,7 @@ from ternbus.edge.learn.task_loader import code_errors, described
 from ternbus.edge.plan.plan import Plan
 from ternbus.edge.torch.autotune import duration
 from ternbus.edge.torch.batches import inputs_of, with_inputs
+from ternbus.edge.torch.buffers import Buffers
 from ternbus.edge.torch.dp_checks import (
     OUTPUTS,
     PROBES,
@@ -147,8 +148,10 @@ class _Gradients:
     failed: int = 0  # samples, in all steps
     loss: float = 0.0  # of the last batch
     _kept: dict[str, Tensor] = field(default_factory=dict)
+    _buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:
+        self._buffers = Buffers(self.model, persistent=set(self.model.buffers()))
         self._kept = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
     def keep(self) -> None:
@@ -322,8 +325,9 @@ class _Gradients:
 
     def _restore(self) -> None:
         """Undo what the forward pass wrote: it would depend on the samples, without noise."""
+        self._buffers.put_back()
         for name, tensor in self._state().items():
-            if name in self._kept:  # a forward pass may add or replace buffers
+            if name in self._kept:  # a forward pass may add buffers
                 tensor.data.copy_(self._kept[name])
 
     def _nothing(self) -> list[Tensor]:

@@ -18,6 +18,7 @@ from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
+from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.torch.batches import is_pair, targets_of
 from ternbus.edge.torch.tree import Tree, converted, leaves, row_count, some_rows
 
@@ -61,6 +62,21 @@ class Samples(Protocol):
     def faults(self) -> str:
         """How many samples are not finite, in words; empty if none is, or nobody can tell."""
         ...
+
+
+def diverged(samples: Samples, plan: Plan) -> TrainingError:
+    """Of a training by the plan whose model is not finite: what to do, by whether the samples are finite.
+
+    Under differential privacy it does not look, since others would see how long that takes.
+    """
+    known = plan.dp == NO_DP and samples.at_random
+    if known and (faults := samples.faults()):
+        return TrainingError(f"{faults}: correct or remove them in the data")
+    return TrainingError(
+        "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
+        if known
+        else "training diverged (the model is not finite): lower the plan's learning_rate, or remove NaN from the data"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

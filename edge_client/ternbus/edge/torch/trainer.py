@@ -31,7 +31,7 @@ from ternbus.edge.torch.autotune import Way, fastest, sleep_until, typical, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
 from ternbus.edge.torch.measured_inputs import MeasuredInputs
 from ternbus.edge.torch.objective import Loss, Objective, trainable
-from ternbus.edge.torch.samples import Numbers, Samples
+from ternbus.edge.torch.samples import Numbers, Samples, diverged
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree, leaves, mapped
@@ -190,20 +190,13 @@ class TorchTrainer(MeasuredInputs, VectorisedTraining):
 
         Under differential privacy it does not look, since that takes time, and no statistic of the data travels.
         """
-        known = plan.dp == NO_DP and self._samples.at_random
-        try:
+        with looking_at_data(plan):
             tensors = self._travelling.arrays_since(start, plan.statistics_rate if plan.dp == NO_DP else 0.0)
             local = self._travelling.local_arrays()
+        try:
             return Trained(tensors=tensors, samples=self.samples, metrics=metrics, local=local)
         except TrainingError:
-            if known and (faults := self._samples.faults()):
-                raise TrainingError(f"{faults}: correct or remove them in the data") from None
-            raise TrainingError(
-                "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
-                if known
-                else "training diverged (the model is not finite): lower the plan's learning_rate, or remove NaN from "
-                "the data"
-            ) from None
+            raise diverged(self._samples, plan) from None
 
     def _predict(self, numbers: Tensor) -> tuple[Tree, Tree]:
         """The outputs for these samples, as training sees them, and their targets."""

@@ -3,6 +3,7 @@
 Trained parameters and floating-point buffers (batch norm's statistics) are sent, in float32; tied ones once, under
 their first name. Not sent are frozen parameters, all tensors of a submodule whose parameters are all frozen, counters,
 buffers that are not finite (a mask of -inf, an observer that has seen nothing), and buffers that are not persistent.
+A buffer may be another tensor after a training: `buffers.py`.
 Local are the tensors that a task names with `stays_local`: they are trained like the others, and not sent either.
 """
 
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import NONNEGATIVE, TensorKinds, matching
 from ternbus.edge.plan.tensors import FloatArray, Tensors
+from ternbus.edge.torch.buffers import Buffers, Snapshot
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,8 +61,9 @@ class TravellingState:
         _check_patterns(stays_local, [name for each in names.values() for name in each], self._state)
         _check_apart({**self._state, **local})
         self._fixed = fixed
-        self._reset = _with_copies(reset)
-        self._local = _with_copies(local)
+        self._buffers = Buffers(model, persistent=names)
+        self._reset = [Snapshot(tensor) for tensor in (*reset.values(), *self._buffers.passing)]
+        self._local = {name: (tensor, tensor.detach().clone()) for name, tensor in local.items()}
         dtypes = {parameter.dtype for parameter in model.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None
         """The dtype of all parameters; None if they differ."""
@@ -76,15 +79,16 @@ class TravellingState:
         return {name: _digest(tensor) for name, tensor in self._fixed.items()}
 
     def load(self, tensors: Tensors) -> None:
-        """Load `tensors`, which are not modified, into the model, and reset its counters.
+        """Load `tensors`, which are not modified, into the model, and reset what stays on the device.
 
         Local tensors that are not among `tensors` become as `model()` made them.
         """
         with torch.no_grad():
+            self._buffers.put_back()
+            for each in self._reset:
+                each.load()
             for name, tensor in self._state.items():
                 tensor.copy_(_rounded(tensor, tensors[name]))
-            for tensor, first in self._reset.values():
-                tensor.copy_(first)
             for name, (tensor, first) in self._local.items():
                 own = tensors.get(name)
                 if own is not None and own.shape != tensor.shape:
@@ -110,7 +114,7 @@ class TravellingState:
 
     def local_arrays(self) -> dict[str, FloatArray]:
         """Copies of the local tensors in float32."""
-        return {name: _float32(tensor) for name, (tensor, _) in self._local.items()}
+        return {name: _float32(self._buffers.now(name, tensor)) for name, (tensor, _) in self._local.items()}
 
     def check_private(self) -> None:
         """Raises `ConfigError` for a local buffer: under `dp = "sample"` it would carry samples to later trainings."""
@@ -138,7 +142,8 @@ class TravellingState:
             elif not parameter and statistics_rate == 0:  # whatever the change is: 0 times infinity is NaN
                 arrays[name] = np.array(start[name], np.float32)
             else:
-                change = tensor.detach().cpu().double() - _rounded(tensor, start[name]).cpu().double()
+                now = self._buffers.now(name, tensor)
+                change = now.detach().cpu().double() - _rounded(tensor, start[name]).cpu().double()
                 share = 1.0 if parameter else statistics_rate
                 arrays[name] = _float32(torch.tensor(start[name]).double() + share * change)
         return arrays
@@ -187,10 +192,6 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
         if isinstance(tensor, Tensor):  # get_extra_state may be anything
             found.setdefault(tensor, []).append(name)
     return found
-
-
-def _with_copies(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (tensor, tensor.detach().clone()) for name, tensor in tensors.items()}
 
 
 def _check_patterns(patterns: Sequence[str], names: Sequence[str], state: Mapping[str, Tensor]) -> None:
