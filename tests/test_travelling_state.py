@@ -232,7 +232,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)), "0.weight has no shape yet"),
     (lambda: Holding(extra=nn.Parameter(torch.zeros(3, dtype=torch.complex64))), "extra is complex64"),
     (lambda: Holding(extra=torch.zeros(3).expand(3, 3)[:, :1].expand(3, 4)), "extra repeats its own memory"),
-    (lambda: Holding(extra=torch.zeros(0)), "extra is empty"),
+    (lambda: Holding(extra=nn.Parameter(torch.zeros(0))), "extra is empty"),
     (lambda: nn.Linear(6, 2).requires_grad_(False), "no trained parameter"),
     (lambda: nn.Sequential(nn.Flatten()), "no trained parameter"),
     (lambda: nn.Linear(6, 2, device="meta"), "has no values"),

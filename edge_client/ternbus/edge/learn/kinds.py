@@ -10,6 +10,10 @@ from ternbus.edge.plan.tensors import Tensors
 
 LOCAL: Final = "stays_local: trained and kept on each device; an evaluator measures with the initial values"
 NOT_FINITE: Final = "a buffer that is not finite: stays on the device, and begins each training as model() makes it"
+UNSIZED: Final = (
+    "a buffer that training gives its size, as an observer's: stays on the device, and begins each training as model() "
+    "makes it"
+)
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from torch import nn
 from ternbus.broker.errors import ConfigError
 from ternbus.broker.protocol.tensor_kinds import TensorKinds
 from ternbus.edge.learn.calls import called
-from ternbus.edge.learn.kinds import LOCAL, NOT_FINITE
+from ternbus.edge.learn.kinds import LOCAL, NOT_FINITE, UNSIZED
 from ternbus.edge.learn.metric import Metric
 from ternbus.edge.learn.partition import Rows
 from ternbus.edge.learn.task import TrainingError
@@ -217,7 +217,8 @@ class TorchTask:
     def staying(self) -> dict[str, str]:
         """The tensors that do not travel though they are trained or change, and why."""
         found = TravellingState(self.fresh(), self.stays_local)
-        return dict.fromkeys(found.local, LOCAL) | dict.fromkeys(found.not_finite, NOT_FINITE)
+        begin_anew = dict.fromkeys(found.not_finite, NOT_FINITE) | dict.fromkeys(found.unsized, UNSIZED)
+        return dict.fromkeys(found.local, LOCAL) | begin_anew
 
     def _drawn(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

@@ -2,12 +2,12 @@
 
 Trained parameters and floating-point buffers (batch norm's statistics) are sent, in float32; tied ones once, under
 their first name. Not sent are frozen parameters, all tensors of a submodule whose parameters are all frozen, counters,
-buffers that are not finite (a mask of -inf, an observer that has seen nothing), and buffers that are not persistent.
+buffers that are not finite (a mask of -inf, an observer that has seen nothing) or empty, and those not persistent.
 A buffer may be another tensor after a training: `buffers.py`.
 Local are the tensors that a task names with `stays_local`: they are trained like the others, and not sent either.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import pairwise
 
@@ -40,7 +40,10 @@ class TravellingState:
         local: dict[str, Tensor] = {}
         self.not_finite: list[str] = []
         """The buffers that stay on the device because they are not finite as `model()` makes them."""
+        self.unsized: list[str] = []
+        """The buffers that stay on the device because a training gives them their size."""
         names = _names(model)
+        unsized = {id(buffer) for part in _unsized_parts(model, names) for buffer in part.buffers()}
         for tensor, (name, *others) in names.items():
             parameter = isinstance(tensor, nn.Parameter)
             if id(tensor) in stays or (parameter and not tensor.requires_grad):
@@ -51,6 +54,9 @@ class TravellingState:
                 _check(name, tensor)
                 if not parameter and not torch.isfinite(tensor).all():
                     self.not_finite.append(name)
+                    reset[name] = tensor
+                elif not parameter and (id(tensor) in unsized or not tensor.numel()):
+                    self.unsized.append(name)
                     reset[name] = tensor
                 elif matching([name, *others], stays_local):
                     local[name] = tensor
@@ -212,6 +218,18 @@ def _frozen_parts(module: nn.Module) -> Iterator[nn.Module]:
     elif trained:
         for child in module.children():
             yield from _frozen_parts(child)
+
+
+def _unsized_parts(module: nn.Module, persistent: Container[Tensor]) -> Iterator[nn.Module]:
+    """The largest submodules without parameters in which a buffer is empty, as in an observer of each channel.
+
+    Their first batch gives them their sizes, also to the buffers beside the empty one.
+    """
+    if next(module.parameters(), None) is not None:
+        for child in module.children():
+            yield from _unsized_parts(child, persistent)
+    elif any(each in persistent and each.is_floating_point() and not each.numel() for each in module.buffers()):
+        yield module
 
 
 def _check(name: str, tensor: Tensor) -> None:
