@@ -237,3 +237,20 @@ def test_a_strided_array_is_flushed_in_place() -> None:
 def test_a_schema_may_be_written_from_tensors() -> None:
     tensors = (Tensor("a", (2,), "ternary"), Tensor("b", (), "dense"))
     assert Schema.write(tensors).tensors == tensors
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (np.finfo(np.float32).min, r"'fc.weight' has a value beyond 2\^40 "),
+        (1e300, r"'fc.weight' has a value beyond 2\^40 "),
+        (np.nan, "'fc.weight' has values that are not finite; "),
+        (-np.inf, "'fc.weight' has values that are not finite; "),
+    ],
+)
+def test_what_cannot_be_published_is_named(value: float, says: str) -> None:
+    tensors = dict(model())
+    tensors["fc.weight"] = tensors["fc.weight"].astype(np.float64)
+    tensors["fc.weight"].flat[-1] = value
+    with pytest.raises(ConfigError, match=f"the model's {says}.*persistent=False"):
+        to_vector(SCHEMA, tensors)

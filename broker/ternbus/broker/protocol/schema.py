@@ -198,16 +198,15 @@ def to_vector(schema: Schema, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector
     ConfigError if the tensors do not match the schema, or an element is not finite or beyond ``WEIGHT_MAX``.
     """
     vector = flatten(schema, tensors)
-    if not np.isfinite(vector).all():
-        strange = [name for name, array in to_tensors(schema, vector).items() if not np.isfinite(array).all()]
-        raise ConfigError(
-            f"the model's {strange[0]!r} has values that are not finite; try a lower learning rate, or, where it is a "
-            "buffer such as a mask, register it with persistent=False"
-        )
     if not is_bounded(vector):
+        name = next(name for name, array in to_tensors(schema, vector).items() if not is_bounded(array.reshape(-1)))
+        # of a number beyond float32's range, flatten makes an infinity
+        what = f"a value beyond 2^40 ({WEIGHT_MAX:.0f}), the largest that can be published"
+        if not np.isfinite(tensors[name]).all():
+            what = "values that are not finite"
         raise ConfigError(
-            f"the model has a value beyond 2^40 ({WEIGHT_MAX:.0f}), the largest that can be published; try a lower "
-            "learning rate"
+            f"the model's {name!r} has {what}; try a lower learning rate, or, where it is a buffer such as a mask, "
+            "register it with persistent=False"
         )
     flush_tiny(vector)
     return vector

@@ -115,6 +115,11 @@ class TravellingState:
         found = {name: _float32(tensor) for name, tensor in self._state.items()}
         for name, array in found.items():
             if not np.isfinite(array).all():
+                if torch.isfinite(self._state[name]).all():
+                    raise ConfigError(
+                        f"the model's {name} has a value that float32, in which it travels, has no room for: give it "
+                        "smaller ones, or, where it is a buffer such as a mask, register it with persistent=False"
+                    )
                 raise ConfigError(f"the model's {name} is not finite as model() makes it: give it finite values")
         return found
 
