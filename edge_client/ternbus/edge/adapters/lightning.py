@@ -26,6 +26,7 @@ from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.plan.tensors import Tensors
 from ternbus.edge.torch import device as devices
 from ternbus.edge.torch.device import AUTO
+from ternbus.edge.torch.finite import diverged
 from ternbus.edge.torch.samples import Samples
 from ternbus.edge.torch.torch_task import TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
@@ -125,9 +126,11 @@ class LightningTrainer:
             tensors = state.arrays_since(start, rate)
             return Trained(tensors=tensors, samples=self.samples, metrics={**_logged(trainer), **took})
         except TrainingError as error:
-            if plan.dp == NO_DP and (faults := self._samples.faults()):  # else others would see how long it takes
-                raise TrainingError(f"{faults}: correct or remove them in the data") from error
-            raise
+            raise diverged(self._samples, plan) from error
+
+    def data_faults(self) -> str:
+        """How many samples are not finite, in words; empty if none is."""
+        return self._samples.faults()
 
     def evaluate(self, tensors: Tensors) -> Evaluation:
         module, _ = self._loaded(tensors)

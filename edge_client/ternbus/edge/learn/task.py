@@ -129,6 +129,15 @@ class PlannedTrainer(Protocol):
         ...
 
 
+@runtime_checkable
+class ExaminedTrainer(Protocol):
+    """A trainer that can look at its samples, to say why a result is not finite."""
+
+    def data_faults(self) -> str:
+        """How many samples are not finite, in words; empty if none is."""
+        ...
+
+
 def evaluated_by(trainer: Trainer, tensors: Tensors, plan: Plan | None, *, private: bool = False) -> Evaluation:
     """The evaluation of a model by the plan, if the trainer can follow it."""
     if isinstance(trainer, PlannedTrainer):

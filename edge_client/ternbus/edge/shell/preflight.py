@@ -29,7 +29,16 @@ from ternbus.edge.learn.kinds import staying, tensor_kinds
 from ternbus.edge.learn.noise import RandomSource
 from ternbus.edge.learn.partition import watched
 from ternbus.edge.learn.subnetwork import trainers_of_device
-from ternbus.edge.learn.task import Evaluation, PrivateTrainer, Task, Trained, Trainer, initial_of, task_plan
+from ternbus.edge.learn.task import (
+    Evaluation,
+    ExaminedTrainer,
+    PrivateTrainer,
+    Task,
+    Trained,
+    Trainer,
+    initial_of,
+    task_plan,
+)
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.limits import TrainingLimits
 from ternbus.edge.plan.plan import NO_DP, Plan
@@ -126,8 +135,11 @@ class _Check:
             self._stop(f"{what} returned {type(found).__name__}: it must return an Evaluation")
         if not found.values:
             self.problem(f"{what} returned no metric in its values: return at least a loss")
-        for name in [name for name in found.values if name not in found.finite]:
-            self.problem(f"{what} returned no finite {name!r} in its values")
+        if strange := [name for name in found.values if name not in found.finite]:
+            faults = evaluator.data_faults() if isinstance(evaluator, ExaminedTrainer) else ""
+            why = f"; of its data, {faults}: correct or remove them" if faults else ""
+            for name in strange:
+                self.problem(f"{what} returned no finite {name!r} in its values{why}")
         if len(found.values) > ENTRIES_MAX:
             self.problem(f"{what} returned {len(found.values)} metrics: at most {ENTRIES_MAX} can be sent")
         return found

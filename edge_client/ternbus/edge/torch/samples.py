@@ -18,8 +18,8 @@ from ternbus.edge.learn.failure import describe
 from ternbus.edge.learn.labels import Indices
 from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
-from ternbus.edge.plan.plan import NO_DP, Plan
-from ternbus.edge.torch.batches import is_pair, targets_of
+from ternbus.edge.torch.batches import targets_of
+from ternbus.edge.torch.finite import faults_of, parts_of, told
 from ternbus.edge.torch.tree import Tree, converted, leaves, row_count, some_rows
 
 CHECKED_ROWS: Final = 500  # at a time, for values that are not finite
@@ -60,23 +60,8 @@ class Samples(Protocol):
         ...
 
     def faults(self) -> str:
-        """How many samples are not finite, in words; empty if none is, or nobody can tell."""
+        """How many samples are not finite, in words; empty if none is. Of a Dataset or a stream it reads the first."""
         ...
-
-
-def diverged(samples: Samples, plan: Plan) -> TrainingError:
-    """Of a training by the plan whose model is not finite: what to do, by whether the samples are finite.
-
-    Under differential privacy it does not look, since others would see how long that takes.
-    """
-    known = plan.dp == NO_DP and samples.at_random
-    if known and (faults := samples.faults()):
-        return TrainingError(f"{faults}: correct or remove them in the data")
-    return TrainingError(
-        "training diverged (the data are finite, the model is not): lower the plan's learning_rate"
-        if known
-        else "training diverged (the model is not finite): lower the plan's learning_rate, or remove NaN from the data"
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +100,9 @@ class TensorSamples:
         return (self.batch(slice(first, first + size)) for first in range(0, len(self), size))
 
     def faults(self) -> str:
-        names = ("inputs", "targets") if is_pair(self.tree) else ("values",)
-        parts = self.tree if is_pair(self.tree) else (self.tree,)
-        for name, part in zip(names, parts, strict=True):
+        for name, part in parts_of(self.tree):
             if count := sum(self._not_finite(leaf) for leaf in leaves(part)):
-                return f"{count} of {len(self)} samples have {name} that are not finite (NaN or infinity)"
+                return told(name, count, str(len(self)))
         return ""
 
     def _not_finite(self, tensor: Tensor) -> int:
@@ -239,7 +222,8 @@ class DatasetSamples:
         return self.batches(np.arange(first, min(first + size, len(self))) for first in range(0, len(self), size))
 
     def faults(self) -> str:
-        return ""
+        numbers = range(len(self)) if self.numbers is None else self.numbers
+        return faults_of((self.dataset[int(number)] for number in numbers), len(self))
 
     def _own(self, chosen: Numbers) -> list[int]:
         return [int(number) for number in (chosen if self.numbers is None else self.numbers[chosen])]
@@ -309,7 +293,7 @@ class StreamSamples:
             yield self._made(found)
 
     def faults(self) -> str:
-        return ""
+        return faults_of(self._once(), len(self))
 
     def _made(self, samples: list[Any]) -> Tree:
         return _made(_Collate(self.collate)(samples))

@@ -29,9 +29,10 @@ from ternbus.edge.torch import dp_sgd, evaluation, scoring, steps
 from ternbus.edge.torch.augmentation import augmentation
 from ternbus.edge.torch.autotune import Way, fastest, sleep_until, typical, ways
 from ternbus.edge.torch.batches import inputs_of, prepared
+from ternbus.edge.torch.finite import diverged
 from ternbus.edge.torch.measured_inputs import MeasuredInputs
 from ternbus.edge.torch.objective import Loss, Objective, trainable
-from ternbus.edge.torch.samples import Numbers, Samples, diverged
+from ternbus.edge.torch.samples import Numbers, Samples
 from ternbus.edge.torch.torch_task import Split, TorchTask
 from ternbus.edge.torch.travelling_state import TravellingState
 from ternbus.edge.torch.tree import Tree, leaves, mapped
@@ -83,6 +84,10 @@ class TorchTrainer(MeasuredInputs, VectorisedTraining):
     def data(self) -> Samples:
         """This device's part of the data."""
         return self._samples
+
+    def data_faults(self) -> str:
+        """How many samples are not finite, in words; empty if none is."""
+        return self._samples.faults()
 
     @property
     def _model(self) -> nn.Module:

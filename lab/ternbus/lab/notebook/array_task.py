@@ -149,7 +149,7 @@ def _finite_samples(given: Any, what: str, form: Mapping[str, Any]) -> Samples:
     samples = samples_of(given, whose=what, **form)
     if not isinstance(samples, TensorSamples | DatasetSamples):
         raise ConfigError(f"{what}: a stream cannot be divided in memory: give arrays, or a Dataset with a length")
-    if faults := samples.faults():
+    if isinstance(samples, TensorSamples) and (faults := samples.faults()):  # others may take long to read
         raise ConfigError(f"{what}: {faults}: correct or remove them")
     return samples
 
