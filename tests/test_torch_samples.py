@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from ternbus.broker.errors import ConfigError
 from ternbus.edge import Plan, TorchTask, TrainingError
@@ -111,6 +119,8 @@ TABLE = Table({f"x{number}": INPUTS[:, number].double().numpy() for number in ra
         TensorDataset(INPUTS, TARGETS),
         Items(),
         DataLoader(Items(), batch_size=7, shuffle=True),
+        DataLoader(Items(), batch_size=None),
+        (np.ma.masked_array(INPUTS.numpy(), mask=False), TARGETS),
         list(zip(INPUTS, TARGETS, strict=True)),
     ],
     ids=[
@@ -123,6 +133,8 @@ TABLE = Table({f"x{number}": INPUTS[:, number].double().numpy() for number in ra
         "TensorDataset",
         "Dataset",
         "DataLoader",
+        "DataLoader-of-samples",
+        "masked-without-mask",
         "a list of samples",
     ],
 )
@@ -393,6 +405,13 @@ class Endless(Dataset[Any]):
         ([], "the data have no tensor"),
         (Items(5, 5), "its data are empty"),
         (DataLoader(Items(), sampler=WeightedRandomSampler([1.0] * SAMPLES, 5)), "with a WeightedRandomSampler, but"),
+        (DataLoader(Items(), batch_sampler=[[0, 1], [2]]), "a DataLoader with a batch_sampler, but the plan chooses"),
+        (
+            DataLoader(Items(), batch_sampler=BatchSampler(RandomSampler(Items()), 4, drop_last=False), collate_fn=len),
+            "a DataLoader with a batch_sampler, .* its collate_fn as the task's collate",
+        ),
+        (DataLoader(Items(), batch_size=None, collate_fn=len), "with batch_size=None, whose collate_fn"),
+        ((np.ma.masked_greater(INPUTS.numpy(), 0), TARGETS), r"an array of the data has masked values, .*filled\(0\)"),
         (Endless(), "its Dataset has no __len__"),
     ],
 )

@@ -15,6 +15,7 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
     default_collate,
+    default_convert,
 )
 
 from ternbus.broker.errors import ConfigError
@@ -91,7 +92,17 @@ def _of_loader(loader: "DataLoader[Any]", whose: str, collate: Any, workers: int
             f"{whose}: the data are a DataLoader with a {type(loader.sampler).__name__}, but the plan "
             "chooses the samples of a batch: give its Dataset"
         )
-    own = None if loader.collate_fn is default_collate or loader.batch_size is None else loader.collate_fn
+    if loader.batch_sampler is not None and loader.batch_size is None:  # else PyTorch made it
+        raise ConfigError(
+            f"{whose}: the data are a DataLoader with a batch_sampler, but the plan chooses the samples of a batch: "
+            "give its Dataset, and its collate_fn as the task's collate"
+        )
+    if loader.batch_size is None and loader.collate_fn is not default_convert:
+        raise ConfigError(
+            f"{whose}: the data are a DataLoader with batch_size=None, whose collate_fn would get single samples: give "
+            "its Dataset, and the task a collate that makes a batch of a list of samples"
+        )
+    own = None if loader.batch_size is None or loader.collate_fn is default_collate else loader.collate_fn
     return loader.dataset, collate or own, workers or loader.num_workers
 
 
@@ -131,6 +142,11 @@ def _column(array: Any, what: str, whose: str) -> Any:
         raise ConfigError(
             f"{whose}: {what} of the data is of the type {array.dtype}: it must hold numbers; number its "
             "categories, for example by numpy.unique(…, return_inverse=True)"
+        )
+    if np.ma.is_masked(array):
+        raise ConfigError(
+            f"{whose}: {what} of the data has masked values, which no tensor has: fill them, as in array.filled(0), or "
+            "remove their samples"
         )
     return array
 
