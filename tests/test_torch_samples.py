@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -412,6 +413,8 @@ class Endless(Dataset[Any]):
         ),
         (DataLoader(Items(), batch_size=None, collate_fn=len), "with batch_size=None, whose collate_fn"),
         ((np.ma.masked_greater(INPUTS.numpy(), 0), TARGETS), r"an array of the data has masked values, .*filled\(0\)"),
+        ((scipy.sparse.csr_matrix(INPUTS.numpy()), TARGETS), r"a sparse matrix, a csr_matrix: .*by \.toarray\(\)"),
+        (scipy.sparse.csr_array(INPUTS.numpy()), r"a sparse matrix, a csr_array: convert it"),
         (Endless(), "its Dataset has no __len__"),
     ],
 )

@@ -253,6 +253,8 @@ def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
     numbers = TorchTask(name="own", model=linear, data=lambda folder, split: (INPUTS, INPUTS[:, :3]))
     floats = numbers.replaced(data=lambda folder, split: (INPUTS, TARGETS.float()))
     column = numbers.replaced(data=lambda folder, split: (INPUTS, TARGETS[:, None]))
+    bools = numbers.replaced(data=lambda folder, split: (INPUTS, TARGETS == 1))
+    one_hot = numbers.replaced(data=lambda folder, split: (INPUTS, functional.one_hot(TARGETS.long(), 3)))
     alone = TorchTask(name="own", model=Named, data=lambda folder, split: {"values": INPUTS})
     several = TorchTask(name="own", model=lambda: nn.ModuleDict({"a": nn.Linear(8, 3)}), data=data)
     for task, said in (
@@ -261,12 +263,26 @@ def test_what_cross_entropy_does_not_take_is_refused_in_words() -> None:
         (numbers, "the targets are numbers with a fraction, and cross entropy needs classes"),
         (floats, r"the targets are torch.float32, and .*: convert them, as in y.astype"),
         (column, r"the targets have shape \(\d+, 1\), and .*: flatten them"),
+        (bools, r"the targets are True and False, .*: convert them, as in y.astype\(int\)"),
+        (one_hot, r"the targets have shape \(\d+, 3\), a number for each class, .*y.argmax\(1\)"),
         (numbers.replaced(model=lambda: None), r"the task own: model\(\) returned NoneType: it must return a module"),
         (alone, "the targets are NoneType"),
     ):
         for use in (trained, evaluated):
             with pytest.raises(ConfigError, match=said):
                 use(task)
+
+
+def test_a_loss_of_float_targets_says_so_of_whole_numbers() -> None:
+    task = TorchTask(
+        name="own",
+        model=lambda: nn.Sequential(nn.Linear(8, 1), nn.Flatten(0)),
+        data=lambda folder, split: (INPUTS, (TARGETS == 1).long()),
+        loss=nn.BCEWithLogitsLoss(),
+    )
+    for use in (trained, evaluated):
+        with pytest.raises(RuntimeError, match=r'targets are whole numbers: .*astype\("float32"\)'):
+            use(task)
 
 
 def test_targets_may_be_the_probability_of_each_class() -> None:

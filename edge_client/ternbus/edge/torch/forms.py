@@ -52,6 +52,8 @@ def samples_of(given: Any, *, whose: str, collate: Any = None, workers: Any = 0)
 
 
 def _samples(given: Any, whose: str, collate: Any, workers: int) -> Samples:
+    if _is_sparse(given):
+        _tensor(given, whose)
     if isinstance(given, IterableDataset):
         return StreamSamples(stream=given, collate=collate, workers=workers)
     if isinstance(given, Dataset) or _is_list_of_samples(given):
@@ -134,7 +136,15 @@ def _tensor(leaf: Any, whose: str) -> Any:
             f"{whose}: the data have {type(leaf).__name__} in place of a tensor: {FORMS}; of samples of "
             "different lengths, give a Dataset and collate"
         )
+    if _is_sparse(leaf):
+        kind = type(leaf).__name__
+        raise ConfigError(f"{whose}: the data have a sparse matrix, a {kind}: convert it, as by .toarray()")
     raise ConfigError(f"{whose}: the data are {type(leaf).__name__}: {FORMS}")
+
+
+def _is_sparse(given: Any) -> bool:
+    """Whether it is a matrix or an array of scipy.sparse, which is not imported for this."""
+    return hasattr(given, "toarray") and hasattr(given, "nnz")
 
 
 def _column(array: Any, what: str, whose: str) -> Any:

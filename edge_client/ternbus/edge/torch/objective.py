@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ternbus.edge.torch.torch_task import TorchTask
 
 GENERAL_ARGUMENTS: Final = 3  # net, batch, plan
+NO_FLOATS: Final = "result type Float can't be cast"  # as BCEWithLogitsLoss says of whole numbers
 _POSITIONAL: Final = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -65,7 +66,13 @@ class Objective:
         """The loss of outputs and targets; without one, the outputs' own, or cross entropy."""
         if self._own:
             loss: Callable[..., Any] = self._task.loss
-            return loss(outputs, targets)
+            try:
+                return loss(outputs, targets)
+            except RuntimeError as error:
+                if NO_FLOATS in str(error):  # PyTorch names the types, but not what they are of
+                    hint = 'targets are whole numbers: for a loss that takes none, convert them by .astype("float32")'
+                    error.args = (f"{error}; {hint}",)
+                raise
         return default_loss(outputs, targets)
 
     def of_classes(self, outputs: Tree, targets: Tree) -> bool:
@@ -161,6 +168,17 @@ def _check_classes(targets: Tensor, scores: Tensor) -> None:
         raise ConfigError(
             f"the targets have shape {tuple(targets.shape)}, and cross entropy needs one class for each sample: "
             "flatten them, as in y.ravel()"
+        )
+    if targets.dtype == torch.bool:
+        raise ConfigError(
+            "the targets are True and False, and cross entropy needs the numbers of classes: convert them, as in "
+            'y.astype(int), or give the task a loss, such as nn.BCEWithLogitsLoss(), and y.astype("float32")'
+        )
+    if targets.dim() > 1 and targets.shape == scores.shape and not targets.is_floating_point():
+        raise ConfigError(
+            f"the targets have shape {tuple(targets.shape)}, a number for each class, and cross entropy needs one "
+            "class for each sample: convert them, as in y.argmax(1), or for several labels give the task a loss, "
+            'such as nn.BCEWithLogitsLoss(), and y.astype("float32")'
         )
 
 

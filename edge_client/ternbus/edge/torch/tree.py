@@ -41,7 +41,8 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
 
 def converted(function: Callable[[Any], Any], tree: Tree) -> Tree:
     """The tree with `function` of everything that is no container in its place."""
-    children = None if isinstance(tree, Tensor) or hasattr(tree, "to_numpy") else _children(tree)
+    whole = isinstance(tree, Tensor) or hasattr(tree, "to_numpy") or hasattr(tree, "toarray")
+    children = None if whole else _children(tree)
     if children is None:
         return function(tree)
     return _rebuilt(tree, {name: converted(function, child) for name, child in children.items()})
