@@ -77,6 +77,7 @@ def found(**bent: Any) -> tuple[str, str]:
 def test_a_good_task_has_no_problem_and_no_note() -> None:
     assert found() == ("", "")
     assert found(default_plan={"flavour": 1}, plan_keys=["flavour"]) == ("", "")
+    assert found(samples=np.int64(10), metrics={"loss": np.float32(1)}) == ("", "")
 
 
 draws = np.random.default_rng(0)

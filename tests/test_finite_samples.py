@@ -1,7 +1,8 @@
 """Of a training whose model is not finite, the samples that are not are named, whatever form they have."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,32 @@ def test_the_check_says_so_of_the_test_data(test: Any) -> None:
         "evaluate() returned no finite 'loss' in its values; of its data, 10 of 40 samples have inputs that are not "
         "finite (NaN or infinity): correct or remove them"
     )
+
+
+class Record(MutableMapping[str, Any]):
+    """A copy of it has the same content, not a copy of that."""
+
+    def __init__(self, **content: Any) -> None:
+        self._content = content
+
+    def __getitem__(self, name: str) -> Any:
+        return self._content[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._content[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._content[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+
+def test_looking_at_a_sample_changes_nothing_in_it() -> None:
+    good, bad = Record(x=torch.ones(2), y=1), MappingProxyType({"x": torch.tensor([np.nan]), "y": 1})
+    assert finite.faults_of([good, bad], 2) == "1 of 2 samples have values that are not finite (NaN or infinity)"
+    assert good["y"] == 1
+    assert good["x"].tolist() == [1, 1]

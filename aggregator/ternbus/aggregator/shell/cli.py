@@ -196,7 +196,12 @@ def run(
     *,
     username: Username = "",
     password_file: PasswordFile = None,
-    no_tls: NoTls = False,
+    no_tls: Annotated[
+        bool,
+        typer.Option(
+            help="Send the password of --password-file unencrypted; that of aggregator.toml needs transport.no_tls."
+        ),
+    ] = False,
     dashboard: dashboard_process.Address = None,
     dashboard_hosts: dashboard_process.Hosts = None,
     log: LogOption = LogFormat.TEXT,

@@ -6,6 +6,7 @@ All of it is done as the plan asks for it, on the data and with the width of one
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from ternbus.edge.learn.task import (
     Trainer,
     initial_of,
     task_plan,
+    whole_number,
 )
 from ternbus.edge.learn.task_loader import code_errors, described, import_hint, location_of
 from ternbus.edge.plan.limits import TrainingLimits
@@ -182,6 +184,8 @@ class _Check:
     def _step(self, trainer: Trainer, start: Tensors, plan: Plan) -> Trained:
         """Train one step twice, and time the second: the first warms up."""
         samples: Any = self._try("trainer.samples", lambda: trainer.samples)
+        with suppress(TypeError):  # told below
+            samples = whole_number(samples)
         if not isinstance(samples, int) or not 1 <= samples <= SAMPLES_MAX:
             self._stop(f"the trainer has {samples} samples: it must have 1 to {SAMPLES_MAX}")
         name, step = self._one_step(trainer, start, plan)

@@ -18,7 +18,7 @@ from ternbus.broker.errors import ConfigError
 class _Place:
     module: nn.Module
     attribute: str
-    made: Tensor | None  # by model()
+    made: Tensor  # by model()
 
     @property
     def now(self) -> object:
@@ -26,42 +26,26 @@ class _Place:
 
 
 class Buffers:
-    """The buffers of a model that was just made. `persistent` has the tensors of its state_dict."""
+    """Those of a model's buffers that are among ``tensors``; the model was just made.
 
-    def __init__(self, model: nn.Module, persistent: Container[Tensor]) -> None:
-        self._persistent = persistent
-        self._places = [
-            _Place(module, attribute, made)
-            for module in model.modules()
-            for attribute, made in vars(module).get("_buffers", {}).items()  # named_buffers() leaves None out
-        ]
+    Others are the model's own affair, as tables that it fills when it first needs them: it may keep elsewhere that it
+    has, and would not fill one again that was put back.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Container[Tensor]) -> None:
         self._of: dict[Tensor, list[_Place]] = {}
-        for place in self._places:
-            if place.made is not None:
-                self._of.setdefault(place.made, []).append(place)
+        for module in model.modules():
+            for attribute, made in vars(module).get("_buffers", {}).items():
+                if made is not None and made in tensors:
+                    self._of.setdefault(made, []).append(_Place(module, attribute, made))
         self._shapes = {made: made.shape for made in self._of if not is_lazy(made)}
 
-    @property
-    def passing(self) -> list[Tensor]:
-        """The buffers that are not persistent."""
-        return [made for made in self._shapes if made not in self._persistent]
-
     def put_back(self) -> None:
-        """Have each place hold again what `model()` put there; values that were changed in place stay changed.
-
-        A buffer that is not persistent and has another shape stays: a cache that has grown with its inputs, whose size
-        the model may keep elsewhere.
-        """
-        for place in self._places:
-            now = place.now
-            if now is place.made or self._has_grown(place.made, now):
-                continue
-            setattr(place.module, place.attribute, place.made)
-
-    def _has_grown(self, made: Tensor | None, now: object) -> bool:
-        if made is None or made in self._persistent or not isinstance(now, Tensor):
-            return False
-        return now.shape != made.shape
+        """Have each place hold again what `model()` put there; values that were changed in place stay changed."""
+        for places in self._of.values():
+            for place in places:
+                if place.now is not place.made:
+                    setattr(place.module, place.attribute, place.made)
 
     def now(self, name: str, made: Tensor) -> Tensor:
         """The tensor that is in the place of this one, or in all of its places; a parameter itself.

@@ -151,7 +151,7 @@ class _Gradients:
     _buffers: Buffers = field(init=False)
 
     def __post_init__(self) -> None:
-        self._buffers = Buffers(self.model, persistent=set(self.model.buffers()))
+        self._buffers = Buffers(self.model, set(self.model.buffers()))
         self._kept = {name: tensor.detach().clone() for name, tensor in self._state().items()}
 
     def keep(self) -> None:

@@ -13,7 +13,7 @@ from ternbus.edge.learn.task import TrainingError
 from ternbus.edge.learn.task_loader import code_errors
 from ternbus.edge.plan.plan import NO_DP, Plan
 from ternbus.edge.torch.batches import is_pair
-from ternbus.edge.torch.tree import Tree, converted
+from ternbus.edge.torch.tree import Tree, parts
 
 if TYPE_CHECKING:
     from ternbus.edge.torch.samples import Samples
@@ -63,9 +63,7 @@ def faults_of(samples: Iterable[Any], total: int) -> str:
 
 
 def _is_finite(part: Tree) -> bool:
-    found: list[bool] = []
-    converted(lambda leaf: found.append(_is_finite_leaf(leaf)), part)
-    return all(found)
+    return all(map(_is_finite_leaf, parts(part)))
 
 
 def _is_finite_leaf(leaf: Any) -> bool:

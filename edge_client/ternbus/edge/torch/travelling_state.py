@@ -67,8 +67,8 @@ class TravellingState:
         _check_patterns(stays_local, [name for each in names.values() for name in each], self._state)
         _check_apart({**self._state, **local})
         self._fixed = fixed
-        self._buffers = Buffers(model, persistent=names)
-        self._reset = [Snapshot(tensor) for tensor in (*reset.values(), *self._buffers.passing)]
+        self._buffers = Buffers(model, names)
+        self._reset = [Snapshot(tensor) for tensor in reset.values()]
         self._local = {name: (tensor, tensor.detach().clone()) for name, tensor in local.items()}
         dtypes = {parameter.dtype for parameter in model.parameters()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else None

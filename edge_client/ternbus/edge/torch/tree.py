@@ -39,11 +39,23 @@ def leaves(tree: Tree) -> Iterator[Tensor]:
             yield from leaves(child)
 
 
+def parts(tree: Tree) -> Iterator[Any]:
+    """Everything in the tree that is no container, in order; nothing is copied or written."""
+    if (children := _parts(tree)) is None:
+        yield tree
+    else:
+        for child in children.values():
+            yield from parts(child)
+
+
+def _parts(tree: Tree) -> Mapping[Any, Tree] | None:
+    whole = isinstance(tree, Tensor) or hasattr(tree, "to_numpy") or hasattr(tree, "toarray")
+    return None if whole else _children(tree)
+
+
 def converted(function: Callable[[Any], Any], tree: Tree) -> Tree:
     """The tree with `function` of everything that is no container in its place."""
-    whole = isinstance(tree, Tensor) or hasattr(tree, "to_numpy") or hasattr(tree, "toarray")
-    children = None if whole else _children(tree)
-    if children is None:
+    if (children := _parts(tree)) is None:
         return function(tree)
     return _rebuilt(tree, {name: converted(function, child) for name, child in children.items()})
 

@@ -124,8 +124,9 @@ class Settings:
                 "the invitation is from an aggregator with another key than this helper serves; if that is right, "
                 "make another helper for it"
             )
-        no_tls = "" if Endpoint.parse(invitation.broker).tls else self.no_tls  # no way back without the owner
-        made = replace(self, broker=invitation.broker, no_tls=no_tls)
+        # no way back without the owner
+        allowed = "" if Endpoint.parse(invitation.broker).tls else self.no_tls
+        made = replace(self, broker=invitation.broker, no_tls=allowed)
         return replace(made, aggregator_key=invitation.aggregator_key, code=invitation.code)
 
 

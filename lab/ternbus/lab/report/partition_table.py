@@ -12,7 +12,7 @@ from ternbus.broker.text_table import text_table
 from ternbus.edge.learn.labels import Labels
 from ternbus.edge.learn.partition import Rows
 from ternbus.edge.learn.partition_spec import Partition
-from ternbus.edge.learn.task import Task, halves_of, trainers_of
+from ternbus.edge.learn.task import Task, halves_of, trainers_of, whole_number
 from ternbus.lab.scenario.partitions import by_label, in_scenario_words
 from ternbus.lab.scenario.resolve import Resolved
 from ternbus.lab.scenario.scenario import Scenario
@@ -70,9 +70,12 @@ def _parts(scenario: Scenario, task: Task) -> list[dict[str, Any]]:
     """The parts by their trainers, of a task that does not say what it divides."""
     parts, share = [scenario.partition_of(index) for index in range(scenario.devices)], scenario.local.hold_out
     if not share:
-        sizes = [(trainer.samples, 0) for trainer in trainers_of(task, scenario.data, parts)]
+        sizes = [(whole_number(trainer.samples), 0) for trainer in trainers_of(task, scenario.data, parts)]
     else:
-        sizes = [(one.samples, held.samples) for one, held in halves_of(task, scenario.data, parts, share)]
+        sizes = [
+            (whole_number(one.samples), whole_number(held.samples))
+            for one, held in halves_of(task, scenario.data, parts, share)
+        ]
     return [_part(index, *size) for index, size in enumerate(sizes)]
 
 
