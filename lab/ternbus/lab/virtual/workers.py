@@ -61,10 +61,10 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the processes without waiting for unfinished trainings."""
-        mine = set(multiprocessing.active_children()) - self._others
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for process in mine:
+        for process in set(multiprocessing.active_children()) - self._others:
             process.terminate()
+        # Waits for the pool's own thread. At the end of Python it could close a pipe that Python is just writing to.
+        self._pool.shutdown(cancel_futures=True)
 
 
 class Workers(Processes):
