@@ -1,6 +1,7 @@
 """A password without TLS: refused before anything is made or spent, unless its owner says `--no-tls`, which is kept."""
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,8 +75,8 @@ def secret(path: Path, text: str) -> Path:
     return path
 
 
-def invited(folder: Path, **changes: str) -> Path:
-    return secret(folder / "invitation.toml", replace(INVITATION, **changes).dumps())  # type: ignore[arg-type]
+def invited(folder: Path, **changes: Any) -> Path:
+    return secret(folder / "invitation.toml", replace(INVITATION, **changes).dumps())
 
 
 def test_an_aggregator_is_not_made_for_a_password_in_the_open(
@@ -129,11 +131,11 @@ def test_a_device_does_not_spend_its_invitation_on_a_password_in_the_open(
 def test_the_word_of_a_devices_owner_is_kept_in_its_settings(tmp_path: Path) -> None:
     home = DeviceDirectory(tmp_path / "pi")
     file = secret(tmp_path / "password", PASSWORD)
-    about = {"task": "digits-numpy", "data": None, "partition": "all", "password_file": file}
+    about: dict[str, Any] = {"task": "digits-numpy", "data": None, "partition": "all", "password_file": file}
     with pytest.raises(ConfigError, match=r'use mqtts://, or no_tls = "yes" in edge\.toml if you trust'):
-        home.prepare(INVITATION, **about)  # type: ignore[arg-type]
+        home.prepare(INVITATION, **about)
     assert not home.folder.exists()
-    home.prepare(INVITATION, **about, no_tls=True)  # type: ignore[arg-type]
+    home.prepare(INVITATION, **about, no_tls=True)
     assert home.settings().may_lack_tls
     toml = home.folder / "edge.toml"
     toml.write_text(toml.read_text().replace('no_tls = "yes"', 'no_tls = "no"'))
@@ -204,6 +206,18 @@ def test_only_who_is_allowed_sends_a_password_in_the_open() -> None:
     Endpoint.parse("mqtts://bus.example.org").check_password(no_tls=False)
 
 
+def until_it_listens(port: int) -> None:
+    end_s = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end_s
+            time.sleep(0.02)
+        else:
+            return
+
+
 @pytest.fixture
 def lan(tmp_path: Path) -> Iterator[str]:
     """A broker without TLS that asks for a password, under a name that is not known as this machine's."""
@@ -219,7 +233,7 @@ def lan(tmp_path: Path) -> Iterator[str]:
     (tmp_path / "mosquitto.conf").write_text(text)
     with subprocess.Popen([str(program), "-c", str(tmp_path / "mosquitto.conf")], stderr=subprocess.DEVNULL) as process:
         try:
-            time.sleep(0.5)
+            until_it_listens(port)
             yield f"mqtt://127.1:{port}"
         finally:
             process.terminate()

@@ -58,7 +58,7 @@ def test_scales_of_each_channel_stay_and_the_check_names_them() -> None:
     assert "1.weight_fake_quant.scale" in task_of("qnnpack").initial(0)
 
 
-@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="for x86")
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="PyTorch has it for x86 only")
 def test_a_federation_s_model_can_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As docs/tasks.md says: after a batch, since the observers did not travel."""
     task = task_of("fbgemm")

@@ -199,7 +199,8 @@ def run(
     no_tls: Annotated[
         bool,
         typer.Option(
-            help="Send the password of --password-file unencrypted; that of aggregator.toml needs transport.no_tls."
+            "--no-tls",
+            help="Send the password of --password-file unencrypted; that of aggregator.toml needs transport.no_tls.",
         ),
     ] = False,
     dashboard: dashboard_process.Address = None,

@@ -131,7 +131,8 @@ class BoundedClient(Client):
             if mid not in self._out_messages:
                 return MQTTErrorCode.MQTT_ERR_SUCCESS
             code = ReasonCode(PacketTypes.DISCONNECT, identifier=TOO_LARGE)
-            return self._do_on_publish(mid, code, Properties(PacketTypes.PUBACK))  # type: ignore[no-untyped-call]
+            none = Properties(PacketTypes.PUBACK)  # type: ignore[no-untyped-call]  # paho gives it no types
+            return self._do_on_publish(mid, code, none)
 
     def _refuse(self, fault: str) -> MQTTErrorCode:
         """End the connection for this reason."""

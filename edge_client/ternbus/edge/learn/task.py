@@ -52,19 +52,19 @@ class Trained:
             )
 
 
-def whole_number(samples: object) -> int:
+def whole_number(samples: Any) -> int:
     """The number of samples that the code of a task gives."""
     try:
-        return operator.index(samples)  # type: ignore[arg-type]
+        return operator.index(samples)
     except TypeError:
         kind = type(samples).__name__
         raise TypeError(f"samples is {samples!r}, of the type {kind}: it must be a whole number") from None
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     try:
         if not isinstance(value, str | bytes):
-            return float(value)  # type: ignore[arg-type]
+            return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         pass
     raise TypeError(f"the metric {name!r} is of the type {type(value).__name__}: it must be one number")
